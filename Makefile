@@ -1,0 +1,39 @@
+# `make demo` and `make test` work on a fresh clone; everything they need goes into $(VENV).
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+export OMP_NUM_THREADS ?= 2
+
+.PHONY: demo test test-full lint format clean
+
+# torch first and by exact version: a later `pip install` then never picks another build of it.
+$(VENV)/.ready: pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc/*/*)
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed, found " + sys.version'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) "$$(grep '^torch==' constraints.txt)"
+	$(PIP) setuptools wheel pybind11 ninja
+	$(PIP) --no-build-isolation -e '.[test]'
+	touch $@
+
+demo: $(VENV)/.ready
+	$(BIN)/helios-engine toy outputs/toy
+	$(BIN)/helios-engine generate --model outputs/toy/distilled --prompt "A red fox runs through fresh snow at sunrise." \
+	    --num-frames 66 --height 128 --width 192 --seed 42 --output outputs/demo.mp4
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest -m 'not full'
+
+test-full: $(VENV)/.ready
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build dist outputs *.egg-info helios_engine/*.so .pytest_cache .ruff_cache .hypothesis

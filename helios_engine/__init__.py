@@ -1,0 +1,22 @@
+"""helios_engine: inference engine for the Helios autoregressive video diffusion model."""
+
+from helios_engine.config import EngineConfig
+from helios_engine.engine.engine import Engine
+from helios_engine.engine.session import VideoSession, VideoStream
+from helios_engine.engine.state import SessionState
+from helios_engine.output import Video
+from helios_engine.request import VideoChunk, VideoRequest
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Engine",
+    "EngineConfig",
+    "SessionState",
+    "Video",
+    "VideoChunk",
+    "VideoRequest",
+    "VideoSession",
+    "VideoStream",
+    "__version__",
+]

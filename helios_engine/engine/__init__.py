@@ -1,0 +1,1 @@
+"""The order of events: what happens per engine, per video, per chunk."""

@@ -1,0 +1,99 @@
+"""From a request's image or video to the history a video starts from, in the reference's order of random draws.
+
+# latents [1, C, T, h, w] float32, normalised
+Source: Diffusers HeliosPyramidPipeline.prepare_image_latents, prepare_video_latents and __call__.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from helios_engine.config import NUM_HISTORY_FRAMES
+from helios_engine.engine import media
+from helios_engine.engine.history import History
+from helios_engine.model.vae import VideoAutoencoder
+from helios_engine.request import FRAMES_PER_CHUNK, VideoRequest
+from helios_engine.sampling.noise import NoiseSource, blend_with_noise
+
+_LATENT_FRAMES = 9
+# Older pieces of a clip never reach the 19-frame window; only their random numbers are drawn.
+_PIECES_IN_HISTORY = -(-NUM_HISTORY_FRAMES // _LATENT_FRAMES)
+
+
+def load_pixels(request: VideoRequest) -> Tensor | None:
+    """The request's picture or clip as pixels [1, 3, F, H, W] on the CPU, or None; files are read and checked here."""
+    size = {"height": request.height, "width": request.width}
+    if request.image is not None:
+        return media.load_image(request.image, **size)
+    if request.video is None:
+        return None
+    pixels = media.load_video(request.video, **size)
+    if pixels.size(2) < FRAMES_PER_CHUNK:
+        raise ValueError(
+            f"video must have at least {FRAMES_PER_CHUNK} frames to continue from, got {pixels.size(2)}; "
+            "use image for a single picture"
+        )
+    return pixels
+
+
+def start_history(
+    request: VideoRequest, pixels: Tensor | None, noise: NoiseSource, vae: VideoAutoencoder, device: torch.device
+) -> History:
+    """The history before the first chunk: empty, an image, or the end of a clip."""
+    channels = vae.config.z_dim
+    history = History.empty(channels, request.height // 8, request.width // 8, device)
+    sigmas = {
+        "image": (request.image_noise_sigma_min, request.image_noise_sigma_max),
+        "video": (request.video_noise_sigma_min, request.video_noise_sigma_max),
+    }
+    if request.video is not None or request.video_latents is not None:
+        anchor, clip = _clip_latents(request, pixels, noise, vae, device)
+        anchor = blend_with_noise(anchor, noise, sigmas["image"], per_frame=False)
+        pieces = clip.split(_LATENT_FRAMES, dim=2)
+        history.append(torch.cat([blend_with_noise(p, noise, sigmas["video"], per_frame=True) for p in pieces], dim=2))
+        history.anchor_BC1HW = anchor
+    elif request.image is not None or request.image_latents is not None:
+        anchor, still = _image_latents(request, pixels, noise, vae, device)
+        history.anchor_BC1HW = blend_with_noise(anchor, noise, sigmas["image"], per_frame=False)
+        still = blend_with_noise(still, noise, sigmas["video"], per_frame=False)
+        history.frames_BCTHW[:, :, -1:] = still
+    return history
+
+
+def _sample(vae: VideoAutoencoder, pixels: Tensor, noise: NoiseSource) -> Tensor:
+    """A draw from the encoder's distribution, as the reference does even at inference."""
+    mean, std = vae.encode(pixels)
+    return vae.normalize(mean + std * noise.normal(*mean.shape).to(mean.device))
+
+
+def _image_latents(
+    request: VideoRequest, pixels: Tensor | None, noise: NoiseSource, vae: VideoAutoencoder, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    if pixels is None:
+        return tuple(x.to(device, torch.float32) for x in (request.image_latents, request.fake_image_latents))
+    pixels = pixels.to(device)
+    anchor = _sample(vae, pixels, noise)
+    still = _sample(vae, pixels.expand(-1, -1, FRAMES_PER_CHUNK, -1, -1), noise)
+    return anchor, still[:, :, -1:]
+
+
+def _clip_latents(
+    request: VideoRequest, pixels: Tensor | None, noise: NoiseSource, vae: VideoAutoencoder, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    if pixels is None:
+        clip = request.video_latents.to(device, torch.float32)
+        anchor = clip[:, :, :1] if request.image_latents is None else request.image_latents.to(device, torch.float32)
+        return anchor, clip
+    anchor = _sample(vae, pixels[:, :, :1].to(device), noise)
+    num_pieces = pixels.size(2) // FRAMES_PER_CHUNK
+    pieces = pixels[:, :, -num_pieces * FRAMES_PER_CHUNK :].split(FRAMES_PER_CHUNK, dim=2)
+    latents = []
+    for index, piece in enumerate(pieces):
+        if index < num_pieces - _PIECES_IN_HISTORY:
+            shape = (1, vae.config.z_dim, _LATENT_FRAMES, request.height // 8, request.width // 8)
+            noise.normal(*shape)
+            latents.append(torch.zeros(shape, device=device))
+        else:
+            latents.append(_sample(vae, piece.to(device), noise))
+    return anchor, torch.cat(latents, dim=2)

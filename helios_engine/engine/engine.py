@@ -1,0 +1,303 @@
+"""Engine: weights and caches of one checkpoint on one device; makes chunks for any number of sessions."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from helios_engine.config import EngineConfig
+from helios_engine.engine import conditioning
+from helios_engine.engine.checkpoint import Checkpoint
+from helios_engine.engine.chunk import Cancelled, ChunkJob, StepCallback, denoise_chunk
+from helios_engine.engine.frames import FrameDecoder
+from helios_engine.engine.history import History, stacked_window
+from helios_engine.engine.plan import Plan, make_plan
+from helios_engine.engine.session import PromptEmbeddings, VideoSession, VideoStream
+from helios_engine.engine.state import SessionState
+from helios_engine.model.text import TextEncoder
+from helios_engine.model.transformer import TextContext, Transformer
+from helios_engine.model.vae import VideoAutoencoder
+from helios_engine.ops.attention import choose_attention
+from helios_engine.output import Video, collect
+from helios_engine.request import ChunkTiming, VideoChunk, VideoRequest
+from helios_engine.sampling.noise import NoiseSource
+from helios_engine.sampling.pyramid import block_noise_factor
+from helios_engine.trace import span
+
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """Owns weights, caches per shape and nothing of any video. Load one with Engine.load."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        transformer: Transformer,
+        vae: VideoAutoencoder,
+        text_encoder: TextEncoder | None,
+        config: EngineConfig,
+    ) -> None:
+        self.checkpoint, self.config = checkpoint, config
+        self.transformer, self.vae, self.text_encoder = transformer, vae, text_encoder
+        weight = transformer.project_out.weight
+        self.device, self.dtype = weight.device, weight.dtype
+        transformer.attention = choose_attention(
+            config.attention_backend,
+            device=self.device,
+            dtype=self.dtype,
+            head_dim=checkpoint.model.attention_head_dim,
+        )
+        self._frames = FrameDecoder(vae)
+        self._noise_factor = block_noise_factor(checkpoint.scheduler.gamma).to(self.device)
+
+    @classmethod
+    def load(cls, path_or_id: str | Path, config: EngineConfig | None = None) -> Engine:
+        """Load a checkpoint in the Diffusers layout from a local folder or a hub id (owner/name).
+
+        Weights stream tensor by tensor to the device in the target dtype, so host memory stays near one tensor.
+        Raises ValueError when the checkpoint or a setting is unusable, before anything large is read.
+        """
+        config = config or EngineConfig()
+        with span("load"):
+            device, dtype = resolve_device(config.device), resolve_dtype(config)
+            checkpoint = Checkpoint.open(path_or_id, config.revision)
+            choose_attention(
+                config.attention_backend, device=device, dtype=dtype, head_dim=checkpoint.model.attention_head_dim
+            )
+            engine = cls(
+                checkpoint,
+                transformer=checkpoint.load_transformer(device, dtype),
+                vae=checkpoint.load_vae(device, getattr(torch, config.vae_dtype)),
+                text_encoder=checkpoint.load_text_encoder(device, dtype),
+                config=config,
+            )
+        logger.info(
+            "loaded %s (%s) on %s in %s, attention %s",
+            checkpoint.name,
+            checkpoint.recipe.variant,
+            device,
+            dtype,
+            engine.transformer.attention.backend,
+        )
+        return engine
+
+    def plan(self, request: VideoRequest) -> Plan:
+        """What a request would compute; raises ValueError where this checkpoint cannot serve it."""
+        checkpoint = self.checkpoint
+        return make_plan(
+            request,
+            recipe=checkpoint.recipe,
+            scheduler=checkpoint.scheduler,
+            model=checkpoint.model,
+            has_text_encoder=self.text_encoder is not None,
+        )
+
+    @torch.no_grad()
+    def open(self, request: VideoRequest, on_step: StepCallback | None = None) -> VideoSession:
+        """A session for one video, its prompt encoded and its history in place.
+
+        on_step(stage, step, latents) is called after every solver step; latents [1, C, 9, h, w] are read-only.
+        """
+        plan = self.plan(request)
+        pixels = conditioning.load_pixels(request)
+        with span("text_encode"):
+            prompt = self._encode_prompt(request, plan)
+        noise = NoiseSource(request.seed)
+        history = conditioning.start_history(request, pixels, noise, self.vae, self.device)
+        return self._session(request, plan, prompt, history=history, noise=noise, on_step=on_step)
+
+    @torch.no_grad()
+    def restore(self, state: SessionState, on_step: StepCallback | None = None) -> VideoSession:
+        """Continue a session from its state, bit for bit on the same kind of device."""
+        request = VideoRequest(
+            **{**state.request, "prompt": None, "negative_prompt": None},
+            prompt_embeds=state.positive,
+            negative_prompt_embeds=state.negative,
+            latents=state.initial,
+        )
+        plan = self.plan(request)
+        shape = (1, self.checkpoint.model.in_channels, state.history.size(2), *plan.latent_size)
+        if tuple(state.history.shape) != shape:
+            raise ValueError(f"the state's history {tuple(state.history.shape)} does not fit this model's {shape}")
+        noise = NoiseSource(0)
+        noise.restore(state.noise)
+        anchor = None if state.anchor is None else state.anchor.to(self.device)
+        history = History(state.history.to(self.device), anchor)
+        prompt = PromptEmbeddings(*(None if e is None else e.to(self.device) for e in (state.positive, state.negative)))
+        return self._session(request, plan, prompt, history=history, noise=noise, index=state.index, on_step=on_step)
+
+    def stream(self, request: VideoRequest, on_step: StepCallback | None = None) -> VideoStream:
+        """Chunks as they are made; the first is out before the second is begun. num_frames=None never ends."""
+        return VideoStream(self.open(request, on_step))
+
+    def generate(self, request: VideoRequest, on_step: StepCallback | None = None) -> Video:
+        """The whole video at once, held in memory."""
+        if request.num_frames is None:
+            raise ValueError("an endless video (num_frames=None) cannot be collected; use stream")
+        with self.stream(request, on_step) as stream:
+            return collect(stream, request, self.describe(stream.session.plan))
+
+    def stream_batch(self, requests: Sequence[VideoRequest]) -> Iterator[list[VideoChunk]]:
+        """Several videos of one shape side by side: one list of chunks per round, in the requests' order.
+
+        Each video has its own seed and prompt and, up to rounding, the numbers it has alone. Raises ValueError when the
+        requests differ in size, length, steps, guidance or text length; nothing is computed before that is checked.
+        """
+        plans = [self.plan(request) for request in requests]
+        _check_same_shape(requests, plans)
+        return self._stream_batch(requests)
+
+    def _stream_batch(self, requests: Sequence[VideoRequest]) -> Iterator[list[VideoChunk]]:
+        sessions = [self.open(request) for request in requests]
+        try:
+            while sessions and not any(session.is_finished for session in sessions):
+                yield self.advance(sessions)
+        finally:
+            for session in sessions:
+                session.close()
+
+    @torch.no_grad()
+    def advance(self, sessions: Sequence[VideoSession]) -> list[VideoChunk]:
+        """The next chunk of each session, computed side by side; empty when one of them was cancelled meanwhile.
+
+        All sessions must have equal plans and stand at the same chunk.
+        """
+        first = sessions[0]
+        plan, index = first.plan, first.index
+        with span("chunk"):
+            start = self._clock()
+            job = self._job(sessions)
+            try:
+                latents = denoise_chunk(self.transformer, self.checkpoint.scheduler, self._noise_factor, job)
+            except Cancelled:
+                return []
+            denoised = self._clock()
+            frames = []
+            for session, own in zip(sessions, latents.split(1), strict=True):
+                session.accept(own)
+                frames.append(self._frames.decode(own, session.request.frames, plan.frames_in_chunk(index)))
+            end = self._clock()
+        timing = ChunkTiming(denoised - start, end - denoised)
+        return [
+            VideoChunk(index, own_frames, own, timing) for own_frames, own in zip(frames, latents.split(1), strict=True)
+        ]
+
+    def describe(self, plan: Plan) -> dict[str, object]:
+        """Facts worth keeping beside a video: model, recipe, versions."""
+        from helios_engine import __version__
+
+        recipe = plan.recipe
+        return {
+            "model": self.checkpoint.name,
+            "variant": recipe.variant,
+            "steps": list(recipe.steps),
+            "guidance_scale": recipe.guidance_scale,
+            "solver": self.checkpoint.scheduler.scheduler_type,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": str(self.device),
+            "attention": self.transformer.attention.backend,
+            "helios_engine": __version__,
+            "torch": torch.__version__,
+        }
+
+    def _job(self, sessions: Sequence[VideoSession]) -> ChunkJob:
+        first = sessions[0]
+        texts = first.texts
+        if len(sessions) > 1:
+            texts = tuple(TextContext.stack(list(branch)) for branch in zip(*(s.texts for s in sessions), strict=True))
+        initial = [session.initial_noise() for session in sessions]
+
+        def check() -> None:
+            for session in sessions:
+                session.check()
+
+        return ChunkJob(
+            plan=first.plan,
+            index=first.index,
+            context=self.transformer.prepare(stacked_window([s.history for s in sessions]), texts),
+            noise=tuple(session.noise for session in sessions),
+            initial_BCTHW=None if initial[0] is None else torch.cat(initial),
+            on_step=first.on_step,
+            check=check,
+        )
+
+    def _session(
+        self,
+        request: VideoRequest,
+        plan: Plan,
+        prompt: PromptEmbeddings,
+        *,
+        history: History,
+        noise: NoiseSource,
+        index: int = 0,
+        on_step: StepCallback | None,
+    ) -> VideoSession:
+        branches = (prompt.positive, prompt.negative) if plan.is_guided else (prompt.positive,)
+        texts = tuple(self.transformer.encode_text(embeds) for embeds in branches)
+        return VideoSession(
+            self, request, plan, prompt=prompt, texts=texts, history=history, noise=noise, index=index, on_step=on_step
+        )
+
+    def _encode_prompt(self, request: VideoRequest, plan: Plan) -> PromptEmbeddings:
+        positive = self._embeddings(request.prompt, request.prompt_embeds, request.max_sequence_length)
+        if not plan.is_guided:
+            return PromptEmbeddings(positive, None)
+        # Guidance without a negative prompt steers away from the empty one, as the reference does.
+        negative_text = request.negative_prompt or ""
+        negative = self._embeddings(negative_text, request.negative_prompt_embeds, request.max_sequence_length)
+        return PromptEmbeddings(positive, negative)
+
+    def _embeddings(self, prompt: str | None, embeds: Tensor | None, max_length: int) -> Tensor:
+        if embeds is not None:
+            return embeds.to(self.device, self.dtype)
+        return self.text_encoder.encode(prompt, max_length=max_length)
+
+    def _clock(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def resolve_device(name: str) -> torch.device:
+    """The torch device of a setting. Raises ValueError for a CUDA device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise ValueError(
+                f"device {name} is not there: this torch sees {count} CUDA devices; use cpu or another one"
+            )
+    return device
+
+
+def resolve_dtype(config: EngineConfig) -> torch.dtype:
+    """The transformer's dtype: bfloat16 on a GPU and float32 on the CPU unless the user says otherwise."""
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    return torch.bfloat16 if resolve_device(config.device).type == "cuda" else torch.float32
+
+
+def _check_same_shape(requests: Sequence[VideoRequest], plans: Sequence[Plan]) -> None:
+    for request, plan in zip(requests, plans, strict=True):
+        if plan != plans[0]:
+            raise ValueError(
+                "stream_batch needs requests of one shape: size, num_frames, trim, steps, guidance and first-chunk "
+                "settings must agree; use one stream each for different ones"
+            )
+        if (request.latents is None) != (requests[0].latents is None):
+            raise ValueError("stream_batch needs latents for all requests or for none")
+        lengths = [
+            r.max_sequence_length if r.prompt_embeds is None else r.prompt_embeds.size(1)
+            for r in (request, requests[0])
+        ]
+        if lengths[0] != lengths[1]:
+            raise ValueError(f"stream_batch needs prompts of one text length, got {lengths[1]} and {lengths[0]} tokens")

@@ -1,0 +1,104 @@
+"""Pictures and clips from files, PIL, numpy or torch to pixels in [-1, 1] at the video's size.
+
+PIL images and files are converted to RGB and stretched with LANCZOS; arrays and tensors are resized by nearest
+neighbour. Both equal Diffusers' VideoProcessor, which also stretches without keeping the aspect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def load_image(image: object, *, height: int, width: int) -> Tensor:
+    """One picture as [1, 3, 1, height, width] float32. Raises ValueError saying what is wrong with it."""
+    if isinstance(image, str | Path):
+        image = _read_image(Path(image))
+    return _pixels([image], "image", height=height, width=width)
+
+
+def load_video(video: object, *, height: int, width: int) -> Tensor:
+    """A clip as [1, 3, F, height, width] float32. Raises ValueError saying what is wrong with it."""
+    if isinstance(video, str | Path):
+        video = _read_video(Path(video))
+    elif isinstance(video, Tensor | np.ndarray):
+        if video.ndim == 5 and video.shape[0] == 1:
+            video = video[0]
+        if video.ndim != 4:
+            raise ValueError(
+                f"video must have 4 dimensions, (F, H, W, 3) or (F, 3, H, W) as a tensor, got {video.shape}"
+            )
+        video = list(video)
+    if not isinstance(video, Sequence) or not video:
+        raise ValueError(f"video must be a path, an array, a tensor or a list of images, got {type(video).__name__}")
+    return _pixels(list(video), "video", height=height, width=width)
+
+
+def _read_image(path: Path) -> object:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise ValueError(f"image {path} does not exist") from None
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise ValueError(f"image {path} cannot be read: {error}") from None
+
+
+def _read_video(path: Path) -> list[object]:
+    import av
+
+    if not path.is_file():
+        raise ValueError(f"video {path} does not exist")
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise ValueError(f"video {path} has no picture stream")
+            return [frame.to_image() for frame in container.decode(video=0)]
+    except av.FFmpegError as error:
+        raise ValueError(f"video {path} cannot be read: {error}") from None
+
+
+def _pixels(images: list[object], name: str, *, height: int, width: int) -> Tensor:
+    frames = [_one_image(image, name, height=height, width=width) for image in images]
+    return (torch.stack(frames, dim=1) * 2.0 - 1.0)[None]
+
+
+def _one_image(image: object, name: str, *, height: int, width: int) -> Tensor:
+    """[3, height, width] in [0, 1]."""
+    from PIL import Image
+
+    if isinstance(image, Image.Image):
+        resized = image.convert("RGB").resize((width, height), resample=Image.Resampling.LANCZOS)
+        return torch.from_numpy(np.asarray(resized).astype(np.float32) / 255.0).permute(2, 0, 1)
+    if isinstance(image, np.ndarray):
+        if image.ndim != 3 or image.shape[2] != 3:
+            raise ValueError(f"{name} arrays must have shape (H, W, 3), got {image.shape}")
+        image = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+    elif not isinstance(image, Tensor):
+        raise ValueError(f"{name} must be a path, PIL image, array or tensor, got {type(image).__name__}")
+    if image.ndim == 4 and image.size(0) == 1:
+        image = image[0]
+    if image.ndim != 3 or image.size(0) != 3:
+        raise ValueError(f"{name} tensors must have shape (3, H, W), got {tuple(image.shape)}")
+    if 0 in image.shape:
+        raise ValueError(f"{name} must not be empty, got shape {tuple(image.shape)}")
+    return F.interpolate(_unit_floats(image, name)[None], size=(height, width))[0]
+
+
+def _unit_floats(image: Tensor, name: str) -> Tensor:
+    image = image.cpu()
+    if image.dtype == torch.uint8:
+        return image.float() / 255.0
+    if not image.is_floating_point():
+        raise ValueError(f"{name} must hold uint8 or floating point numbers, got {image.dtype}")
+    image = image.float()
+    if not bool(torch.isfinite(image).all()) or image.min() < 0 or image.max() > 1:
+        raise ValueError(f"{name} floats must lie in [0, 1]; got {image.min():.4g} to {image.max():.4g}")
+    return image

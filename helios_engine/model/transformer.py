@@ -1,0 +1,209 @@
+"""The Helios transformer: latents, a timestep, a history and prompts in; one velocity per prompt out.
+
+# B batch, N noisy tokens, L all tokens, D width, K head dim, T text tokens, S segments: row 0 history, row 1 noisy
+Source: arXiv 2603.04379; Diffusers HeliosTransformer3DModel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from helios_engine.config import ModelConfig
+from helios_engine.model import rope
+from helios_engine.model.block import Block, Modulation
+from helios_engine.model.cache import BoundedCache
+from helios_engine.model.embed import Embedder, HistoryWindow
+from helios_engine.ops import reference as ops
+from helios_engine.ops.attention import Attention
+from helios_engine.trace import span
+
+_SHAPES_KEPT = 24
+
+
+@dataclass(frozen=True, slots=True)
+class TextContext:
+    """One prompt, as the blocks need it: keys and values of every layer, [B, T, 2 D] each."""
+
+    keys_values: tuple[Tensor, ...]
+
+    @staticmethod
+    def stack(contexts: list[TextContext]) -> TextContext:
+        """Several prompts of one length as a batch."""
+        return TextContext(tuple(torch.cat(layers) for layers in zip(*(c.keys_values for c in contexts), strict=True)))
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkContext:
+    """What stays the same over all steps and stages of a chunk."""
+
+    history_BLD: Tensor | None  # tokens before the first block
+    history_rotation: Tensor | None  # [L, K/2]
+    first_qkv: Tensor | None  # the first block's q, k, v of the history rows; None where they depend on the timestep
+    texts: tuple[TextContext, ...]
+
+    @property
+    def num_history(self) -> int:
+        return 0 if self.history_BLD is None else self.history_BLD.size(1)
+
+
+class Transformer(nn.Module):
+    """The network without any notion of steps, chunks or ranks."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = Embedder(config, dtype)
+        self.blocks = nn.ModuleList([Block(config, dtype) for _ in range(config.num_layers)])
+        self.modulation = nn.Parameter(torch.empty(config.num_layers, 6, config.dim, dtype=torch.float32))
+        self.output_modulation = nn.Parameter(torch.empty(2, config.dim, dtype=torch.float32))
+        t, h, w = config.patch_size
+        self.project_out = nn.Linear(config.dim, config.out_channels * t * h * w, dtype=dtype)
+        self.attention: Attention | None = None  # set by whoever loads the model
+        self._tables: BoundedCache[Tensor] = BoundedCache(_SHAPES_KEPT)
+        self._history_rows: Tensor | None = None
+
+    def encode_text(self, embeds_BTE: Tensor) -> TextContext:
+        """The prompt's keys and values in every layer; once per prompt."""
+        text_BTD = self.embed.text(embeds_BTE)
+        return TextContext(tuple(block.text_keys_values(text_BTD) for block in self.blocks))
+
+    def prepare(self, window: HistoryWindow, texts: tuple[TextContext, ...]) -> ChunkContext:
+        """History tokens, their positions and their part of the first block; once per chunk."""
+        history_BLD = self.embed.history(window)
+        if history_BLD is None:
+            return ChunkContext(None, None, None, texts)
+        rows, columns = (size // 2 for size in window.short.shape[-2:])
+        rotation = self._history_table(rows, columns, window)
+        num_history = history_BLD.size(1)
+        first_qkv = None
+        if self.config.zero_history_timestep:
+            first = self._modulations(0.0)[0]
+            first_qkv = self.blocks[0].project(history_BLD, rotation, first, num_history=num_history)
+        return ChunkContext(history_BLD, rotation, first_qkv, texts)
+
+    def forward(self, latents_BCTHW: Tensor, timestep: float, context: ChunkContext) -> tuple[Tensor, ...]:
+        """One velocity per text of the context, as rows [B, N, C * patch], channel fastest (ops.unpatchify)."""
+        noisy_BND = self.embed.noisy(latents_BCTHW)
+        rotation = self._chunk_table(latents_BCTHW.size(-2) // 2, latents_BCTHW.size(-1) // 2)
+        num_history = context.num_history
+        x_BLD = noisy_BND
+        if context.history_BLD is not None:
+            x_BLD = torch.cat([context.history_BLD, noisy_BND], dim=1)
+            rotation = torch.cat([context.history_rotation, rotation])
+        modulations = self._modulations(timestep)
+        # Text enters at the first block's cross-attention, so what comes before is shared by all prompts.
+        with span("self_attention"):
+            self._attend_self_(0, x_BLD, rotation, modulations[0], context)
+        share_history = len(context.texts) > 1 and self.config.guidance_cross_attn and len(self.blocks) > 1
+        if share_history and num_history:
+            with span("feed_forward"):
+                self.blocks[0].feed_forward_(x_BLD[:, :num_history], modulations[0], num_history=num_history)
+        outputs = []
+        for text in context.texts:
+            own_BLD = x_BLD.clone() if len(context.texts) > 1 else x_BLD
+            self._finish_(own_BLD, rotation, modulations, context, text, history_done=share_history)
+            outputs.append(self._output(own_BLD[:, num_history:], timestep))
+        return tuple(outputs)
+
+    def _finish_(
+        self,
+        x_BLD: Tensor,
+        rotation: Tensor,
+        modulations: list[Modulation],
+        context: ChunkContext,
+        text: TextContext,
+        *,
+        history_done: bool,
+    ) -> None:
+        """Everything after the first block's self-attention, in place."""
+        num_history = context.num_history
+        text_from = num_history if self.config.guidance_cross_attn else 0
+        last = len(self.blocks) - 1
+        for index, block in enumerate(self.blocks):
+            if index:
+                with span("self_attention"):
+                    self._attend_self_(index, x_BLD, rotation, modulations[index], context)
+            with span("cross_attention"):
+                start = num_history if index == last else text_from
+                block.attend_text_(x_BLD[:, start:], text.keys_values[index], attention=self.attention)
+            with span("feed_forward"):
+                skip_history = index == last or (index == 0 and history_done)
+                start = num_history if skip_history else 0
+                block.feed_forward_(x_BLD[:, start:], modulations[index], num_history=num_history - start)
+
+    def _attend_self_(
+        self, index: int, x_BLD: Tensor, rotation: Tensor, rows: Modulation, context: ChunkContext
+    ) -> None:
+        block, num_history = self.blocks[index], context.num_history
+        # After the last block only noisy rows are read, so its history rows need keys and values alone.
+        queries_from = num_history if index == len(self.blocks) - 1 else 0
+        if index == 0 and context.first_qkv is not None:
+            noisy = block.project(x_BLD[:, num_history:], rotation[num_history:], rows, num_history=0)
+            qkv = torch.cat([context.first_qkv, noisy], dim=1)
+        elif queries_from:
+            qkv = block.project_skipping_queries(x_BLD, rotation, rows, num_history=num_history)
+        else:
+            qkv = block.project(x_BLD, rotation, rows, num_history=num_history)
+        block.attend_self_(
+            x_BLD, qkv, rows, num_history=num_history, queries_from=queries_from, attention=self.attention
+        )
+
+    def _output(self, x_BND: Tensor, timestep: float) -> Tensor:
+        embedding = self.embed.time(timestep).embedding_D.float()
+        bias, scale = self.output_modulation + embedding
+        weight_SD, bias_SD = (1 + scale).expand(2, -1), bias.expand(2, -1)
+        h_BND = ops.norm_scale_shift(x_BND, weight_SD, bias_SD, num_history=0, eps=self.config.eps)
+        return self.project_out(h_BND)
+
+    def _modulations(self, timestep: float) -> list[Modulation]:
+        """Every block's rows for the two segments: history stands at timestep 0, noisy tokens at this one."""
+        noisy_rows = self.modulation + self.embed.time(timestep).rows_6D.float()
+        history_rows = noisy_rows
+        if self.config.zero_history_timestep:
+            if self._history_rows is None:
+                self._history_rows = self.modulation + self.embed.time(0.0).rows_6D.float()
+            history_rows = self._history_rows
+        rows = torch.stack([history_rows, noisy_rows], dim=2)  # [layers, 6, 2, D]
+        rows[:, 1::3] += 1
+        return [Modulation(*layer.unbind(0)) for layer in rows.unbind(0)]
+
+    def _chunk_table(self, rows: int, columns: int) -> Tensor:
+        return self._tables.get(
+            ("chunk", rows, columns), lambda: rope.chunk_table(self.config, rows, columns).to(self.modulation.device)
+        )
+
+    def _history_table(self, rows: int, columns: int, window: HistoryWindow) -> Tensor:
+        present = {name: getattr(window, name) is not None for name in ("long", "mid", "short")}
+        return self._tables.get(
+            ("history", rows, columns, *present.values()),
+            lambda: rope.history_table(self.config, rows, columns, **present).to(self.modulation.device),
+        )
+
+    def checkpoint_slots(self) -> dict[str, Tensor]:
+        """Checkpoint name -> the tensor to fill, viewed in the checkpoint's shape."""
+        slots = self.embed.checkpoint_slots()
+        for index, block in enumerate(self.blocks):
+            slots |= {f"blocks.{index}.{name}": slot for name, slot in block.checkpoint_slots().items()}
+            slots[f"blocks.{index}.scale_shift_table"] = self.modulation.data[index : index + 1]
+        slots["norm_out.scale_shift_table"] = self.output_modulation.data[None]
+        slots["proj_out.weight"], slots["proj_out.bias"] = self.project_out.weight.data, self.project_out.bias.data
+        return slots
+
+    def forget(self) -> None:
+        """Drop what was computed from the weights; call after changing them."""
+        self._history_rows = None
+        self.embed._time_cache.clear()
+
+
+def init_random_(module: nn.Module, seed: int) -> None:
+    """Fill every parameter with small seeded numbers, so that a forward stays finite. For tests and benchmarks."""
+    device = next(module.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        fan_in = parameter.shape[-1] if parameter.ndim > 1 else 64
+        noise = torch.randn(parameter.shape, generator=generator, device=device, dtype=torch.float32)
+        is_norm_weight = parameter.ndim == 1 and "bias" not in name
+        parameter.data.copy_(noise * fan_in**-0.5 + (1.0 if is_norm_weight else 0.0))

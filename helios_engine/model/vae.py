@@ -1,0 +1,280 @@
+"""The Wan 2.1 video autoencoder, channels last, in as few calls as memory allows.
+
+# B batch, C channels, T frames, H W rows and columns; pixels in [-1, 1], 1 + 4 n frames for 1 + n latent frames
+Attribute names are the checkpoint's. Source: Diffusers AutoencoderKLWan; Wan (arXiv 2503.20314).
+
+Time is causal: every temporal convolution sees the two frames before its input, which FrameCache carries from call to
+call. The reference decodes nine latent frames in nine calls. The layers only tell the first frame from the rest, so one
+call for the first and one for the other eight compute the same function.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from helios_engine.config import VaeConfig
+
+FrameCache = dict[nn.Module, Tensor]
+
+
+class CausalConv3d(nn.Conv3d):
+    """A convolution whose temporal window ends at the current frame."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel: int | tuple[int, int, int], stride: int = 1
+    ) -> None:
+        size = (kernel,) * 3 if isinstance(kernel, int) else kernel
+        padding = (0, size[1] // 2, size[2] // 2)
+        super().__init__(in_channels, out_channels, size, stride=(stride, 1, 1), padding=padding)
+        self.num_past = size[0] - 1
+
+    def forward(self, x: Tensor, cache: FrameCache) -> Tensor:
+        if self.num_past:
+            past = cache.get(self)
+            if past is None:
+                past = x.new_zeros(*x.shape[:2], self.num_past, *x.shape[3:])
+            x = torch.cat([past, x], dim=2)
+            cache[self] = x[:, :, -self.num_past :].clone()
+        return super().forward(x)
+
+
+class RMSNorm(nn.Module):
+    """Norm over channels; gamma keeps the checkpoint's broadcast shape."""
+
+    def __init__(self, channels: int, trailing_dims: int) -> None:
+        super().__init__()
+        self.scale = channels**0.5
+        self.gamma = nn.Parameter(torch.empty(channels, *[1] * trailing_dims))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        norm = torch.linalg.vector_norm(wide, dim=1, keepdim=True).clamp_min_(1e-12)
+        if x.dtype == torch.float32:
+            return (x / norm).mul_(self.gamma * self.scale)
+        return (wide / norm).to(x.dtype) * self.scale * self.gamma
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm1 = RMSNorm(in_channels, 3)
+        self.conv1 = CausalConv3d(in_channels, out_channels, 3)
+        self.norm2 = RMSNorm(out_channels, 3)
+        self.conv2 = CausalConv3d(out_channels, out_channels, 3)
+        self.conv_shortcut = CausalConv3d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, x: Tensor, cache: FrameCache) -> Tensor:
+        shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x, cache)
+        hidden = self.conv1(F.silu(self.norm1(x), inplace=True), cache)
+        return self.conv2(F.silu(self.norm2(hidden), inplace=True), cache).add_(shortcut)
+
+
+def _frames_as_batch(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def _batch_as_frames(x: Tensor, batch: int) -> Tensor:
+    return x.unflatten(0, (batch, -1)).transpose(1, 2)
+
+
+class AttentionBlock(nn.Module):
+    """Single-head attention over the pixels of each frame."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = RMSNorm(channels, 2)
+        self.to_qkv = nn.Conv2d(channels, channels * 3, 1)
+        self.proj = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        frames = _frames_as_batch(x)
+        height, width = frames.shape[-2:]
+        qkv = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2).unsqueeze(1)
+        q, k, v = qkv.contiguous().chunk(3, dim=-1)
+        attended = F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2)
+        return x + _batch_as_frames(self.proj(attended.unflatten(2, (height, width))), x.size(0))
+
+
+class MidBlock(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList([ResidualBlock(channels, channels) for _ in range(2)])
+        self.attentions = nn.ModuleList([AttentionBlock(channels)])
+
+    def forward(self, x: Tensor, cache: FrameCache) -> Tensor:
+        return self.resnets[1](self.attentions[0](self.resnets[0](x, cache)), cache)
+
+
+class Upsample(nn.Module):
+    """Twice the rows and columns, halving the channels; with in_time, twice the frames but for the first one."""
+
+    def __init__(self, channels: int, in_time: bool) -> None:
+        super().__init__()
+        # Index 1 holds the convolution in the checkpoint; index 0 is the parameter-free enlargement.
+        self.resample = nn.ModuleDict({"1": nn.Conv2d(channels, channels // 2, 3, padding=1)})
+        self.time_conv = CausalConv3d(channels, channels * 2, (3, 1, 1)) if in_time else None
+
+    def forward(self, x: Tensor, cache: FrameCache) -> Tensor:
+        batch = x.size(0)
+        if self.time_conv is not None:
+            if self in cache:
+                halves = self.time_conv(x, cache).unflatten(1, (2, -1))
+                x = halves.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
+            else:  # the video's first frame stays single, and the next call starts from zeros, not from it
+                cache[self] = x.new_empty(0)
+        frames = F.interpolate(_frames_as_batch(x), scale_factor=2.0, mode="nearest-exact")
+        return _batch_as_frames(self.resample["1"](frames), batch)
+
+
+class Downsample(nn.Module):
+    """Half the rows and columns; with in_time, half the frames but for the first one."""
+
+    def __init__(self, channels: int, in_time: bool) -> None:
+        super().__init__()
+        self.resample = nn.ModuleDict({"1": nn.Conv2d(channels, channels, 3, stride=2)})
+        self.time_conv = nn.Conv3d(channels, channels, (3, 1, 1), stride=(2, 1, 1)) if in_time else None
+
+    def forward(self, x: Tensor, cache: FrameCache) -> Tensor:
+        frames = F.pad(_frames_as_batch(x), (0, 1, 0, 1))
+        x = _batch_as_frames(self.resample["1"](frames), x.size(0))
+        if self.time_conv is not None:
+            past = cache.get(self)
+            cache[self] = x[:, :, -1:].clone()
+            if past is not None:
+                x = self.time_conv(torch.cat([past, x], dim=2))
+        return x
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: VaeConfig) -> None:
+        super().__init__()
+        channels = [config.base_dim * factor for factor in (1, *config.dim_mult)]
+        self.conv_in = CausalConv3d(config.in_channels, channels[0], 3)
+        layers: list[nn.Module] = []
+        for level, (current, following) in enumerate(zip(channels[:-1], channels[1:], strict=True)):
+            for _ in range(config.num_res_blocks):
+                layers.append(ResidualBlock(current, following))
+                current = following
+            if level < len(config.dim_mult) - 1:
+                layers.append(Downsample(following, config.temperal_downsample[level]))
+        self.down_blocks = nn.ModuleList(layers)
+        self.mid_block = MidBlock(channels[-1])
+        self.norm_out = RMSNorm(channels[-1], 3)
+        self.conv_out = CausalConv3d(channels[-1], config.z_dim * 2, 3)
+
+    def forward(self, x: Tensor, cache: FrameCache) -> Tensor:
+        x = self.conv_in(x, cache)
+        for layer in self.down_blocks:
+            x = layer(x, cache)
+        x = self.mid_block(x, cache)
+        return self.conv_out(F.silu(self.norm_out(x), inplace=True), cache)
+
+
+class UpBlock(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int, num_resnets: int, upsample: Upsample | None) -> None:
+        super().__init__()
+        widths = [in_channels, *[out_channels] * num_resnets]
+        self.resnets = nn.ModuleList([ResidualBlock(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True)])
+        self.upsamplers = None if upsample is None else nn.ModuleList([upsample])
+
+    def forward(self, x: Tensor, cache: FrameCache) -> Tensor:
+        for resnet in self.resnets:
+            x = resnet(x, cache)
+        return x if self.upsamplers is None else self.upsamplers[0](x, cache)
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: VaeConfig) -> None:
+        super().__init__()
+        base = config.decoder_base_dim or config.base_dim
+        channels = [base * factor for factor in (config.dim_mult[-1], *reversed(config.dim_mult))]
+        in_time = tuple(reversed(config.temperal_downsample))
+        self.conv_in = CausalConv3d(config.z_dim, channels[0], 3)
+        self.mid_block = MidBlock(channels[0])
+        blocks = []
+        for level, (current, following) in enumerate(zip(channels[:-1], channels[1:], strict=True)):
+            is_last = level == len(config.dim_mult) - 1
+            upsample = None if is_last else Upsample(following, in_time[level])
+            # Each enlargement before this block halved the channels.
+            blocks.append(UpBlock(current // 2 if level else current, following, config.num_res_blocks + 1, upsample))
+        self.up_blocks = nn.ModuleList(blocks)
+        self.norm_out = RMSNorm(channels[-1], 3)
+        self.conv_out = CausalConv3d(channels[-1], config.out_channels, 3)
+
+    def forward(self, x: Tensor, cache: FrameCache) -> Tensor:
+        x = self.mid_block(self.conv_in(x, cache), cache)
+        for block in self.up_blocks:
+            x = block(x, cache)
+        return self.conv_out(F.silu(self.norm_out(x), inplace=True), cache)
+
+
+class VideoAutoencoder(nn.Module):
+    """Encode and decode one chunk at a time; chunks share nothing, as the model was trained."""
+
+    def __init__(self, config: VaeConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.quant_conv = CausalConv3d(config.z_dim * 2, config.z_dim * 2, 1)
+        self.post_quant_conv = CausalConv3d(config.z_dim, config.z_dim, 1)
+        self.decoder = Decoder(config)
+        statistics = torch.tensor([config.latents_mean, config.latents_std], dtype=torch.float32)
+        self.register_buffer("statistics", statistics.view(2, 1, -1, 1, 1, 1), persistent=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.quant_conv.weight.dtype
+
+    def channels_last_(self) -> VideoAutoencoder:
+        """Store convolution weights channels last; activations follow. Call once after the weights are in place."""
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv3d):
+                layer.to(memory_format=torch.channels_last_3d)
+            elif isinstance(layer, nn.Conv2d):
+                layer.to(memory_format=torch.channels_last)
+        return self
+
+    def encode(self, pixels_BCTHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the latents [B, z, 1 + T/4, H/8, W/8], not yet normalised, float32."""
+        pixels = pixels_BCTHW.to(self.dtype).contiguous(memory_format=torch.channels_last_3d)
+        cache: FrameCache = {}
+        parts = [self.encoder(piece, cache) for piece in pixels.split([1, pixels.size(2) - 1], dim=2) if piece.size(2)]
+        mean, log_variance = self.quant_conv(torch.cat(parts, dim=2), cache).float().chunk(2, dim=1)
+        return mean, torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))
+
+    def decode(self, latents_BCTHW: Tensor, *, frames_per_call: int | None = None) -> Tensor:
+        """Pixels [B, 3, 1 + 4 (T - 1), 8 H, 8 W] in [-1, 1] of normalised latents.
+
+        The first latent frame is a call of its own, the others come frames_per_call at a time (None: all at once).
+        """
+        latents = self.denormalize(latents_BCTHW).to(self.dtype).contiguous(memory_format=torch.channels_last_3d)
+        cache: FrameCache = {}
+        hidden = self.post_quant_conv(latents, cache)
+        rest = hidden.size(2) - 1
+        size = rest if frames_per_call is None else min(frames_per_call, rest)
+        pieces = [hidden[:, :, :1], *(hidden[:, :, 1:].split(size, dim=2) if rest else ())]
+        return torch.cat([self.decoder(piece, cache) for piece in pieces], dim=2).clamp_(-1.0, 1.0)
+
+    def normalize(self, latents: Tensor) -> Tensor:
+        """Latents as the transformer sees them: per channel (x - mean) / std."""
+        mean, std = self.statistics.unbind(0)
+        return (latents - mean) * (1.0 / std)
+
+    def denormalize(self, latents: Tensor) -> Tensor:
+        mean, std = self.statistics.unbind(0)
+        return latents.float() / (1.0 / std) + mean
+
+    def checkpoint_slots(self) -> dict[str, Tensor]:
+        return {name: tensor.data for name, tensor in self.state_dict(keep_vars=True).items()}
+
+
+def to_unit_range(pixels: Tensor) -> Tensor:
+    """[-1, 1] to [0, 1]."""
+    return (pixels * 0.5 + 0.5).clamp_(0.0, 1.0)
+
+
+def to_uint8(pixels: Tensor) -> Tensor:
+    """[-1, 1] to whole numbers 0 to 255, rounded to nearest."""
+    return to_unit_range(pixels.float()).mul_(255.0).round_().to(torch.uint8)

@@ -1,0 +1,1 @@
+"""Operators on plain tensors; nothing here knows of modules, ranks or schedules."""

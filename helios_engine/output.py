@@ -1,0 +1,230 @@
+"""Finished chunks to files. A file appears whole under its name or not at all."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from helios_engine.model.weights import save_safetensors
+from helios_engine.request import ChunkTiming, VideoChunk, VideoRequest
+from helios_engine.trace import span
+
+SUFFIXES = (".mp4", ".npy", ".safetensors")
+DEFAULT_ENCODER = "libx264"
+_NPY_HEADER_BYTES = 128
+
+
+class Writer(Protocol):
+    """Takes chunks in order. Leaving the with block renames the file into place; an exception removes it."""
+
+    def write(self, chunk: VideoChunk) -> None: ...
+    def __enter__(self) -> Writer: ...
+    def __exit__(self, error_type: type | None, *rest: object) -> None: ...
+
+
+def check_output(path: str | Path, encoder: str = DEFAULT_ENCODER) -> None:
+    """Raise ValueError if a video could not be written there; called before any work starts."""
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"output {path} must end in {', '.join(SUFFIXES)} (video, frames, latents)")
+    if path.is_dir():
+        raise ValueError(f"output {path} is a folder; name a file")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(f"output {path} cannot be written: {folder} is no folder this user may write to")
+    if path.suffix == ".mp4":
+        import av
+
+        try:
+            av.codec.Codec(encoder, "w")
+        except av.codec.codec.UnknownCodecError:
+            raise ValueError(f"encoder {encoder} is unknown to this FFmpeg; libx264 always works") from None
+
+
+def open_writer(
+    path: str | Path, *, fps: int, metadata: Mapping[str, object] | None = None, encoder: str = DEFAULT_ENCODER
+) -> Writer:
+    """A writer by suffix: .mp4 (H.264), .npy (frames), .safetensors (float32 latents, held until the end)."""
+    check_output(path, encoder)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(dict(metadata or {}), ensure_ascii=False)
+    if path.suffix == ".mp4":
+        return Mp4Writer(path, fps=fps, metadata=text, encoder=encoder)
+    if path.suffix == ".npy":
+        return NpyWriter(path)
+    return LatentsWriter(path, metadata=text)
+
+
+class _FileWriter(abc.ABC):
+    """Temporary name, rename, removal: shared by all writers."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        # The process number keeps two runs apart; the suffix stays last for writers that look at it.
+        self.temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+
+    def __enter__(self) -> _FileWriter:
+        return self
+
+    def __exit__(self, error_type: type | None, *_: object) -> None:
+        try:
+            if error_type is None:
+                self._finish()
+                os.replace(self.temporary, self.path)
+            else:
+                self._abandon()
+        finally:
+            self.temporary.unlink(missing_ok=True)
+
+    @abc.abstractmethod
+    def _finish(self) -> None:
+        """Complete the temporary file."""
+
+    @abc.abstractmethod
+    def _abandon(self) -> None:
+        """Let go of the temporary file; it is removed afterwards."""
+
+
+def frames_uint8(chunk: VideoChunk) -> np.ndarray:
+    """A chunk's frames (F, H, W, 3) as uint8 on the host, whatever kind was asked for."""
+    frames = chunk.frames.cpu().numpy() if isinstance(chunk.frames, Tensor) else chunk.frames
+    return frames if frames.dtype == np.uint8 else np.rint(frames * 255.0).astype(np.uint8)
+
+
+class Mp4Writer(_FileWriter):
+    """H.264 in yuv420p, index at the front so that players start before the download ends."""
+
+    def __init__(self, path: Path, *, fps: int, metadata: str, encoder: str) -> None:
+        super().__init__(path)
+        self._fps, self._metadata, self._encoder = fps, metadata, encoder
+        self._container = None
+        self._stream = None
+
+    def write(self, chunk: VideoChunk) -> None:
+        import av
+
+        with span("output"):
+            frames = frames_uint8(chunk)
+            if self._container is None:
+                self._open(height=frames.shape[1], width=frames.shape[2])
+            for frame in frames:
+                picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+                self._container.mux(self._stream.encode(picture))
+
+    def _open(self, *, height: int, width: int) -> None:
+        import av
+
+        self._container = av.open(str(self.temporary), "w", format="mp4", options={"movflags": "faststart"})
+        self._container.metadata["comment"] = self._metadata
+        self._stream = self._container.add_stream(self._encoder, rate=self._fps)
+        self._stream.height, self._stream.width, self._stream.pix_fmt = height, width, "yuv420p"
+        if self._encoder == DEFAULT_ENCODER:
+            self._stream.options = {"crf": "18"}
+
+    def _finish(self) -> None:
+        if self._container is None:
+            raise ValueError(f"{self.path}: no frames were made, nothing to write")
+        self._container.mux(self._stream.encode(None))
+        self._container.close()
+
+    def _abandon(self) -> None:
+        if self._container is not None:
+            self._container.close()
+
+
+class NpyWriter(_FileWriter):
+    """Frames (F, H, W, 3) appended as they come; the header gets its length at the end."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._file = self.temporary.open("wb")
+        self._file.write(b"\0" * _NPY_HEADER_BYTES)
+        self._num_frames = 0
+        self._frame_shape: tuple[int, ...] = ()
+        self._dtype = np.dtype(np.uint8)
+
+    def write(self, chunk: VideoChunk) -> None:
+        frames = chunk.frames.cpu().numpy() if isinstance(chunk.frames, Tensor) else chunk.frames
+        self._file.write(np.ascontiguousarray(frames).tobytes())
+        self._num_frames += len(frames)
+        self._frame_shape, self._dtype = frames.shape[1:], frames.dtype
+
+    def _finish(self) -> None:
+        shape = (self._num_frames, *self._frame_shape)
+        header = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False, "shape": shape}
+        prefix = np.lib.format.magic(1, 0)
+        body = repr(header).encode("latin1")
+        space = _NPY_HEADER_BYTES - len(prefix) - 2
+        assert len(body) < space, (len(body), space)
+        self._file.seek(0)
+        self._file.write(prefix + space.to_bytes(2, "little") + body.ljust(space - 1) + b"\n")
+        self._file.close()
+
+    def _abandon(self) -> None:
+        self._file.close()
+
+
+class LatentsWriter(_FileWriter):
+    """All chunks' latents as one float32 tensor "latents" (1, 16, 9 * chunks, h, w); 2 MB per chunk at 384x640."""
+
+    def __init__(self, path: Path, *, metadata: str) -> None:
+        super().__init__(path)
+        self._metadata = metadata
+        self._parts: list[Tensor] = []
+
+    def write(self, chunk: VideoChunk) -> None:
+        self._parts.append(chunk.latents.float().cpu())
+
+    def _finish(self) -> None:
+        if not self._parts:
+            raise ValueError(f"{self.path}: no latents were made, nothing to write")
+        save_safetensors(self.temporary, {"latents": torch.cat(self._parts, dim=2)}, {"comment": self._metadata})
+
+    def _abandon(self) -> None:
+        self._parts.clear()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Video:
+    """A whole video: frames (F, H, W, 3) and latents (1, 16, 9 * chunks, h, w) float32."""
+
+    frames: np.ndarray | Tensor
+    latents: Tensor
+    fps: int
+    metadata: dict[str, object]
+
+    def save(self, path: str | Path, encoder: str = DEFAULT_ENCODER) -> None:
+        """Write .mp4, .npy or .safetensors, by suffix."""
+        with open_writer(path, fps=self.fps, metadata=self.metadata, encoder=encoder) as writer:
+            writer.write(VideoChunk(0, self.frames, self.latents, ChunkTiming(0.0, 0.0)))
+
+
+def collect(chunks: Iterable[VideoChunk], request: VideoRequest, facts: Mapping[str, object]) -> Video:
+    """All chunks of a stream as one Video."""
+    parts = list(chunks)
+    frames = [chunk.frames for chunk in parts]
+    joined = torch.cat(frames) if isinstance(frames[0], Tensor) else np.concatenate(frames)
+    latents = torch.cat([chunk.latents for chunk in parts], dim=2)
+    return Video(joined, latents, request.fps, video_metadata(request, facts))
+
+
+def video_metadata(request: VideoRequest, facts: Mapping[str, object]) -> dict[str, object]:
+    """What a file says of itself: the request's plain settings and the run's facts."""
+    plain = (str, int, float, bool, tuple)
+    settings = {
+        f.name: getattr(request, f.name)
+        for f in dataclasses.fields(request)
+        if isinstance(getattr(request, f.name), plain) and f.name != "frames"
+    }
+    return {**settings, **facts}
