@@ -8,7 +8,7 @@ import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Union
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,8 +19,8 @@ from helios_engine.config import LATENT_FRAMES_PER_CHUNK
 if TYPE_CHECKING:
     import PIL.Image
 
-    Picture = Union[str, Path, "PIL.Image.Image", np.ndarray, Tensor]
-    Clip = Union[str, Path, Sequence["PIL.Image.Image | np.ndarray"], np.ndarray, Tensor]
+    Picture = str | Path | PIL.Image.Image | np.ndarray | Tensor
+    Clip = str | Path | Sequence[PIL.Image.Image | np.ndarray] | np.ndarray | Tensor
 
 FRAMES_PER_CHUNK = (LATENT_FRAMES_PER_CHUNK - 1) * 4 + 1
 FRAME_KINDS = ("uint8", "float32", "device")

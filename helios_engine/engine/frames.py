@@ -28,7 +28,7 @@ class FrameDecoder:
     def decode(self, latents: Tensor, kind: str, num_frames: int) -> np.ndarray | Tensor:
         """The first num_frames frames of a chunk, of the kind VideoRequest.frames names."""
         with span("vae"):
-            split = frames_per_call(self._vae, latents)
+            split = frames_per_call_for(latents.device, self._vae, tuple(latents.shape[-2:]))
             pixels = self._vae.decode(latents, frames_per_call=split)[0, :, :num_frames]
             if kind == "float32":
                 return to_unit_range(pixels.float()).permute(1, 2, 3, 0).contiguous().cpu().numpy()
@@ -52,11 +52,10 @@ def decode_bytes(vae: VideoAutoencoder, latent_size: tuple[int, int], num_latent
     return _LIVE_ACTIVATIONS * channels * pixels * vae.dtype.itemsize
 
 
-def frames_per_call(vae: VideoAutoencoder, latents: Tensor) -> int:
+def frames_per_call_for(device: torch.device, vae: VideoAutoencoder, latent_size: tuple[int, int]) -> int:
     """How many latent frames after the first to decode at once: on a GPU as many as fit its free memory."""
-    if latents.device.type == "cpu":
+    if device.type == "cpu":
         return _CPU_FRAMES_PER_CALL
-    free, _ = torch.cuda.mem_get_info(latents.device)
-    free += torch.cuda.memory_reserved(latents.device) - torch.cuda.memory_allocated(latents.device)
-    size = tuple(latents.shape[-2:])
-    return next((split for split in _SPLITS if decode_bytes(vae, size, split) < 0.9 * free), 1)
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return next((split for split in _SPLITS if decode_bytes(vae, latent_size, split) < 0.9 * free), 1)

@@ -15,10 +15,8 @@ from helios_engine.request import VideoRequest
 
 _FORMAT = "helios_engine.session/1"
 # Request fields that conditioning has used up by the time a session exists, or that hold tensors kept beside it.
-_NOT_STORED = frozenset(
-    ("prompt_embeds", "negative_prompt_embeds", "image", "video")
-    + ("latents", "image_latents", "fake_image_latents", "video_latents")
-)
+_SOURCES = ("image", "video", "latents", "image_latents", "fake_image_latents", "video_latents")
+_NOT_STORED = frozenset(("prompt_embeds", "negative_prompt_embeds", *_SOURCES))
 _TENSORS = ("history", "anchor", "noise", "positive", "negative", "initial")
 
 

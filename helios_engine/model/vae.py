@@ -10,6 +10,8 @@ call for the first and one for the other eight compute the same function.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,6 +39,9 @@ class CausalConv3d(nn.Conv3d):
                 past = x.new_zeros(*x.shape[:2], self.num_past, *x.shape[3:])
             x = torch.cat([past, x], dim=2)
             cache[self] = x[:, :, -self.num_past :].clone()
+        if x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+            # Left to itself torch takes a plain loop for small inputs: 5.9 s against 0.7 s for a toy chunk, 2 cores.
+            return torch.mkldnn_convolution(x, self.weight, self.bias, self.padding, self.stride, self.dilation, 1)
         return super().forward(x)
 
 
@@ -153,7 +158,7 @@ class Encoder(nn.Module):
         channels = [config.base_dim * factor for factor in (1, *config.dim_mult)]
         self.conv_in = CausalConv3d(config.in_channels, channels[0], 3)
         layers: list[nn.Module] = []
-        for level, (current, following) in enumerate(zip(channels[:-1], channels[1:], strict=True)):
+        for level, (current, following) in enumerate(itertools.pairwise(channels)):
             for _ in range(config.num_res_blocks):
                 layers.append(ResidualBlock(current, following))
                 current = following
@@ -176,7 +181,7 @@ class UpBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, num_resnets: int, upsample: Upsample | None) -> None:
         super().__init__()
         widths = [in_channels, *[out_channels] * num_resnets]
-        self.resnets = nn.ModuleList([ResidualBlock(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True)])
+        self.resnets = nn.ModuleList([ResidualBlock(a, b) for a, b in itertools.pairwise(widths)])
         self.upsamplers = None if upsample is None else nn.ModuleList([upsample])
 
     def forward(self, x: Tensor, cache: FrameCache) -> Tensor:
@@ -194,7 +199,7 @@ class Decoder(nn.Module):
         self.conv_in = CausalConv3d(config.z_dim, channels[0], 3)
         self.mid_block = MidBlock(channels[0])
         blocks = []
-        for level, (current, following) in enumerate(zip(channels[:-1], channels[1:], strict=True)):
+        for level, (current, following) in enumerate(itertools.pairwise(channels)):
             is_last = level == len(config.dim_mult) - 1
             upsample = None if is_last else Upsample(following, in_time[level])
             # Each enlargement before this block halved the channels.

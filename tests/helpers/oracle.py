@@ -194,7 +194,7 @@ def _tolerant_cholesky(original):
     """float32 Cholesky where this machine's LAPACK manages the singular matrix, float64 of the exact one elsewhere."""
 
     def cholesky(matrix: Tensor) -> Tensor:
-        factor, failed = torch.linalg.cholesky_ex(matrix)
+        _factor, failed = torch.linalg.cholesky_ex(matrix)
         if not failed:
             return original(matrix)
         gamma = -matrix[0, 1].item()

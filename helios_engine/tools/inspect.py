@@ -1,0 +1,78 @@
+"""What a checkpoint is and whether its files are whole, without loading it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from helios_engine.engine.checkpoint import Checkpoint
+from helios_engine.model.transformer import Transformer
+from helios_engine.model.vae import VideoAutoencoder
+from helios_engine.model.weights import check_names, shapes_on_disk, transformer_name, weight_files
+
+
+@dataclass
+class Inspection:
+    """Lines to print, and what is wrong (empty for a sound checkpoint)."""
+
+    lines: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def inspect_checkpoint(path_or_id: str | Path, revision: str | None = None) -> Inspection:
+    """Read configuration and file headers. Raises ValueError only when the configuration itself is unusable."""
+    checkpoint = Checkpoint.open(path_or_id, revision)
+    recipe, scheduler, model = checkpoint.recipe, checkpoint.scheduler, checkpoint.model
+    guidance = f"guidance {recipe.guidance_scale:g}"
+    if recipe.cfg_zero_star:
+        guidance += " (CFG-Zero*)"
+    shift = (
+        f"dynamic {scheduler.time_shift_type} shift" if scheduler.use_dynamic_shifting else f"shift {scheduler.shift:g}"
+    )
+    found = Inspection()
+    found.lines += [
+        f"variant        {recipe.variant}",
+        f"recipe         steps {','.join(map(str, recipe.steps))}, {guidance}"
+        + (", first chunk doubled" if recipe.amplify_first_chunk else ""),
+        f"scheduler      {scheduler.scheduler_type}, {scheduler.stages} stage{'s' * (scheduler.stages > 1)}, {shift}",
+        f"transformer    {model.num_layers} layers, {model.num_attention_heads} heads of {model.attention_head_dim}, "
+        f"feed-forward {model.ffn_dim}",
+        f"sizes          height and width multiples of {recipe.size_multiple}",
+        f"text encoder   {'yes' if checkpoint.has_text_encoder else 'no, requests bring prompt_embeds'}",
+    ]
+    with torch.device("meta"):
+        slots = {
+            "transformer": Transformer(model, torch.bfloat16).checkpoint_slots(),
+            "vae": VideoAutoencoder(checkpoint.vae).checkpoint_slots(),
+        }
+    for component in ("transformer", "vae", *(["text_encoder"] if checkpoint.has_text_encoder else [])):
+        _inspect_weights(checkpoint.folder / component, slots.get(component), found)
+    return found
+
+
+def _inspect_weights(folder: Path, slots: dict[str, torch.Tensor] | None, found: Inspection) -> None:
+    try:
+        files = weight_files(folder)
+        shapes = shapes_on_disk(files)
+        if slots is not None:
+            on_disk = {transformer_name(name): shape for name, shape in shapes.items()}
+            on_disk.pop(None, None)
+            check_names({name: tuple(slot.shape) for name, slot in slots.items()}, on_disk, folder)
+    except ValueError as error:
+        found.problems.append(str(error))
+        return
+    size = sum(path.stat().st_size for path in files)
+    found.lines.append(
+        f"{folder.name:<14} {len(shapes)} tensors in {len(files)} file{'s' * (len(files) > 1)}, {size / 1e9:.3f} GB"
+    )
+
+
+def inspect_build() -> list[str]:
+    """Facts of the compiled parts, or that they are missing."""
+    try:
+        from helios_engine import _build_info
+    except ImportError:
+        return ["build info     not compiled; the engine runs on torch's operators"]
+    return [f"build info     {_build_info.compiler()}, CPU {_build_info.cpu_capability()}"]
