@@ -175,27 +175,14 @@ def _generate(options: argparse.Namespace) -> int:
     from helios_engine.engine.engine import Engine
 
     engine = Engine.load(options.model, config)
-    plan = engine.plan(request)
-    progress = None
-    if not options.quiet:
-        from helios_engine.engine.progress import ProgressBar
-
-        progress = ProgressBar(plan)
-    with contextlib.ExitStack() as stack:
-        if progress is not None:
-            stack.callback(progress.close)
-        stream = stack.enter_context(engine.stream(request, progress.step if progress else None))
-        metadata = video_metadata(request, engine.describe(plan))
-        writer = stack.enter_context(
-            open_writer(options.output, fps=request.fps, metadata=metadata, encoder=options.encoder)
-        )
+    with engine.stream(request, progress=not options.quiet) as stream:
+        metadata = video_metadata(request, engine.describe(stream.session.plan))
+        writer = open_writer(options.output, fps=request.fps, metadata=metadata, encoder=options.encoder)
         # Stopping an endless video by hand is its normal end, so its file is kept.
-        endless = contextlib.suppress(KeyboardInterrupt) if request.num_frames is None else contextlib.nullcontext()
-        with endless:
+        stop = contextlib.suppress(KeyboardInterrupt) if request.num_frames is None else contextlib.nullcontext()
+        with writer, stop:
             for chunk in stream:
                 writer.write(chunk)
-                if progress is not None:
-                    progress.chunk(chunk)
     print(options.output)
     return 0
 

@@ -100,14 +100,13 @@ def _locate(path_or_id: str, revision: str | None) -> Path:
 
 def _download(hub_id: str, revision: str | None) -> Path:
     """Fetch the inference components alone: the training folders would double the size."""
-    import httpx  # huggingface_hub's own transport
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError
 
     patterns = ["model_index.json", *(f"{component}/*" for component in COMPONENTS)]
     try:
         return Path(huggingface_hub.snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
+    except (HFValidationError, OSError) as error:  # the hub's own errors are OSErrors
         reason = " ".join(str(error).split())
         raise ValueError(f"model {hub_id} is no folder here and cannot be fetched from the hub: {reason}") from None
 

@@ -133,15 +133,27 @@ class Engine:
         prompt = PromptEmbeddings(*(None if e is None else e.to(self.device) for e in (state.positive, state.negative)))
         return self._session(request, plan, prompt, history=history, noise=noise, index=state.index, on_step=on_step)
 
-    def stream(self, request: VideoRequest, on_step: StepCallback | None = None) -> VideoStream:
-        """Chunks as they are made; the first is out before the second is begun. num_frames=None never ends."""
-        return VideoStream(self.open(request, on_step))
+    def stream(
+        self, request: VideoRequest, on_step: StepCallback | None = None, *, progress: bool = False
+    ) -> VideoStream:
+        """Chunks as they are made; the first is out before the second is begun. num_frames=None never ends.
 
-    def generate(self, request: VideoRequest, on_step: StepCallback | None = None) -> Video:
+        progress shows a bar on standard error.
+        """
+        if not progress:
+            return VideoStream(self.open(request, on_step))
+        from helios_engine.engine.progress import ProgressBar
+
+        session = self.open(request)
+        bar = ProgressBar(session.plan)
+        session.on_step = bar.step if on_step is None else _both(bar.step, on_step)
+        return VideoStream(session, bar)
+
+    def generate(self, request: VideoRequest, on_step: StepCallback | None = None, *, progress: bool = False) -> Video:
         """The whole video at once, held in memory."""
         if request.num_frames is None:
             raise ValueError("an endless video (num_frames=None) cannot be collected; use stream")
-        with self.stream(request, on_step) as stream:
+        with self.stream(request, on_step, progress=progress) as stream:
             return collect(stream, request, self.describe(stream.session.plan))
 
     def stream_batch(self, requests: Sequence[VideoRequest]) -> Iterator[list[VideoChunk]]:
@@ -263,6 +275,14 @@ class Engine:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
+
+
+def _both(first: StepCallback, second: StepCallback) -> StepCallback:
+    def call(stage: int, step: int, latents: Tensor) -> None:
+        first(stage, step, latents)
+        second(stage, step, latents)
+
+    return call
 
 
 def resolve_device(name: str) -> torch.device:

@@ -18,6 +18,7 @@ from helios_engine.sampling.noise import NoiseSource
 
 if TYPE_CHECKING:
     from helios_engine.engine.engine import Engine
+    from helios_engine.engine.progress import ProgressBar
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,9 +69,10 @@ class VideoSession:
 
     def next_chunk(self) -> VideoChunk | None:
         """The next 33 frames, or None after the last chunk, a cancel or a close."""
-        if self.is_finished:
+        engine = self._engine  # close may clear it from another thread
+        if engine is None or self.is_finished:
             return None
-        chunks = self._engine.advance([self])
+        chunks = engine.advance([self])
         return chunks[0] if chunks else None
 
     def cancel(self) -> None:
@@ -130,8 +132,9 @@ class VideoSession:
 class VideoStream:
     """Iterator over a session's chunks. Leaving the loop, close() and garbage collection end the video."""
 
-    def __init__(self, session: VideoSession) -> None:
+    def __init__(self, session: VideoSession, bar: ProgressBar | None = None) -> None:
         self.session = session
+        self._bar = bar
 
     def __iter__(self) -> VideoStream:
         return self
@@ -139,12 +142,17 @@ class VideoStream:
     def __next__(self) -> VideoChunk:
         chunk = self.session.next_chunk()
         if chunk is None:
-            self.session.close()
+            self.close()
             raise StopIteration
+        if self._bar is not None:
+            self._bar.chunk(chunk)
         return chunk
 
     def close(self) -> None:
+        """End the video; from another thread, a chunk under way ends within one solver step."""
         self.session.close()
+        if self._bar is not None:
+            self._bar.close()
 
     def __enter__(self) -> VideoStream:
         return self

@@ -1,0 +1,93 @@
+"""Backend choice and the calls made; what needs a GPU is checked by signature here and for real by gpu_check.sh."""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from helios_engine.ops import attention
+
+CPU = torch.device("cpu")
+
+
+def _qkv(queries: int = 5, keys: int = 7):
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(2, n, 3, 16, generator=generator) for n in (queries, keys, keys))
+
+
+def test_auto_on_the_cpu_is_exact_softmax_attention() -> None:
+    chosen = attention.choose_attention("auto", device=CPU, dtype=torch.float32, head_dim=16)
+    q, k, v = _qkv()
+    scores = torch.einsum("blhk,bmhk->bhlm", q.double(), k.double()) / 4
+    expected = torch.einsum("bhlm,bmhk->blhk", scores.softmax(-1), v.double())
+    torch.testing.assert_close(chosen(q, k, v).double(), expected, rtol=1e-5, atol=1e-6)
+    assert chosen.backend == "sdpa"
+
+
+def test_no_queries_give_an_empty_result() -> None:
+    chosen = attention.choose_attention("sdpa", device=CPU, dtype=torch.float32, head_dim=16)
+    q, k, v = _qkv(queries=0)
+    assert chosen(q, k, v).shape == (2, 0, 3, 16)
+
+
+@pytest.mark.parametrize("name", ["fa3", "cudnn", "flash"])
+def test_a_named_backend_that_cannot_run_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"attention backend {name} cannot run: it needs a CUDA device"):
+        attention.choose_attention(name, device=CPU, dtype=torch.bfloat16, head_dim=128)
+
+
+def _pretend_gpu(monkeypatch, capability: tuple[int, int], modules: tuple[str, ...]) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: name if name in modules else None)
+    for name in modules:
+        module = types.ModuleType(name)
+        module.flash_attn_func = _flash_attention(returns_lse=name == "flash_attn_interface")
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+def _flash_attention(*, returns_lse: bool):
+    def flash_attn_func(q, k, v, *, causal):
+        assert causal is False
+        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+        return (out, None) if returns_lse else out
+
+    return flash_attn_func
+
+
+@pytest.mark.parametrize(
+    ("capability", "modules", "dtype", "head_dim", "expected"),
+    [
+        ((9, 0), ("fa3_fwd_interface",), torch.bfloat16, 128, "fa3"),
+        ((9, 0), ("flash_attn_interface",), torch.bfloat16, 128, "fa3"),
+        ((9, 0), (), torch.bfloat16, 128, "cudnn"),
+        ((10, 0), ("fa3_fwd_interface",), torch.bfloat16, 128, "cudnn"),
+        ((8, 0), (), torch.float16, 64, "cudnn"),
+        ((7, 5), (), torch.float16, 64, "sdpa"),
+        ((9, 0), ("fa3_fwd_interface",), torch.float32, 128, "sdpa"),
+        ((9, 0), ("fa3_fwd_interface",), torch.bfloat16, 20, "sdpa"),
+    ],
+)
+def test_auto_on_a_gpu(monkeypatch, capability, modules, dtype, head_dim, expected) -> None:
+    _pretend_gpu(monkeypatch, capability, modules)
+    chosen = attention.choose_attention("auto", device=torch.device("cuda"), dtype=dtype, head_dim=head_dim)
+    assert chosen.backend == expected
+
+
+@pytest.mark.parametrize("module", ["fa3_fwd_interface", "flash_attn_interface"])
+def test_flash_attention_3_is_called_as_it_wants(monkeypatch, module: str) -> None:
+    _pretend_gpu(monkeypatch, (9, 0), (module,))
+    chosen = attention.choose_attention("fa3", device=torch.device("cuda"), dtype=torch.bfloat16, head_dim=16)
+    q, k, v = _qkv()
+    plain = attention.choose_attention("sdpa", device=CPU, dtype=torch.float32, head_dim=16)
+    assert torch.equal(chosen(q, k, v), plain(q, k, v))
+
+
+def test_refusal_names_the_missing_package(monkeypatch) -> None:
+    _pretend_gpu(monkeypatch, (9, 0), ())
+    with pytest.raises(ValueError, match="pip install fa3_fwd"):
+        attention.choose_attention("fa3", device=torch.device("cuda"), dtype=torch.bfloat16, head_dim=128)
