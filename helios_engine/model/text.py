@@ -46,11 +46,12 @@ class TextEncoder:
         slots = {name: tensor.data for name, tensor in model.state_dict(keep_vars=True).items()}
         slots.pop("encoder.embed_tokens.weight")  # the same tensor as shared.weight
         load_slots(folder, slots, rename=cls._slot_name(folder))
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint / "tokenizer")
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{checkpoint / 'tokenizer'} cannot be loaded: {reason}") from None
+        tokenizer = _load_tokenizer(checkpoint / "tokenizer")
+        if len(tokenizer) > config.vocab_size:
+            raise ValueError(
+                f"{checkpoint / 'tokenizer'} has {len(tokenizer)} pieces but the text encoder knows only "
+                f"{config.vocab_size}; they belong to different checkpoints"
+            )
         return cls(tokenizer, model)
 
     @staticmethod
@@ -87,3 +88,16 @@ class TextEncoder:
         mask = tokens.attention_mask.to(device)
         hidden_BTE = self._model(tokens.input_ids.to(device), mask).last_hidden_state
         return hidden_BTE * mask.unsqueeze(-1)
+
+
+def _load_tokenizer(folder: Path):
+    import transformers
+
+    # Without either file transformers makes up an almost empty vocabulary and says nothing.
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "spiece.model")):
+        raise ValueError(f"{folder} has neither tokenizer.json nor spiece.model")
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder)
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{folder} cannot be loaded: {reason}") from error

@@ -1,0 +1,99 @@
+"""The video autoencoder against AutoencoderKLWan: every split of a chunk, both directions, and 16-bit numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+
+from helios_engine.config import VaeConfig
+from helios_engine.model.vae import VideoAutoencoder, to_uint8, to_unit_range
+from tests.helpers import oracle
+
+# float32 through about thirty convolutions, outputs in [-1, 1].
+TOLERANCE = 3e-5
+
+
+def _pair(seed: int, dim: int = 8) -> tuple[AutoencoderKLWan, VideoAutoencoder]:
+    reference = oracle.vae(dim, 4, seed)
+    config = VaeConfig(
+        base_dim=dim,
+        z_dim=4,
+        latents_mean=tuple(reference.config.latents_mean),
+        latents_std=tuple(reference.config.latents_std),
+    )
+    ours = VideoAutoencoder(config)
+    slots = ours.checkpoint_slots()
+    expected = reference.state_dict()
+    assert {k: tuple(v.shape) for k, v in slots.items()} == {k: tuple(v.shape) for k, v in expected.items()}
+    for name, tensor in expected.items():
+        slots[name].copy_(tensor)
+    return reference, ours.channels_last_()
+
+
+def _latents(reference: AutoencoderKLWan, frames: int = 9, height: int = 6, width: int = 10) -> torch.Tensor:
+    return torch.randn(
+        1, reference.config.z_dim, frames, height, width, generator=torch.Generator().manual_seed(frames)
+    )
+
+
+@pytest.mark.parametrize("frames_per_call", [None, 1, 2, 3, 4, 8])
+def test_decode_equals_diffusers(frames_per_call: int | None) -> None:
+    reference, ours = _pair(0)
+    latents = _latents(reference)
+    expected = reference.decode(ours.denormalize(latents)).sample
+    actual = ours.decode(latents, frames_per_call=frames_per_call)
+    assert actual.shape == expected.shape == (1, 3, 33, 48, 80)
+    assert expected.std() > 0.1
+    torch.testing.assert_close(actual, expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 5])
+def test_decode_of_other_lengths(frames: int) -> None:
+    reference, ours = _pair(1)
+    latents = _latents(reference, frames)
+    expected = reference.decode(ours.denormalize(latents)).sample
+    torch.testing.assert_close(ours.decode(latents), expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("frames", [1, 5, 33])
+def test_encode_equals_diffusers(frames: int) -> None:
+    reference, ours = _pair(2)
+    pixels = torch.rand(2, 3, frames, 48, 64) * 2 - 1
+    expected = reference.encode(pixels).latent_dist
+    mean, std = ours.encode(pixels)
+    torch.testing.assert_close(mean, expected.mean, rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(std, expected.std, rtol=0, atol=TOLERANCE)
+
+
+def test_chunks_share_nothing() -> None:
+    _, ours = _pair(3)
+    first, second = torch.randn(2, 1, 4, 9, 4, 4).unbind(0)
+    alone = ours.decode(second)
+    ours.decode(first)
+    assert torch.equal(ours.decode(second), alone)
+
+
+def test_normalising_is_its_own_inverse() -> None:
+    _, ours = _pair(0)
+    latents = torch.randn(1, 4, 9, 2, 2)
+    torch.testing.assert_close(ours.normalize(ours.denormalize(latents)), latents)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_decode_is_no_worse_than_diffusers(dtype: torch.dtype) -> None:
+    reference, ours = _pair(4)
+    latents = _latents(reference, 3)
+    wide = ours.denormalize(latents)
+    exact = reference.double().decode(wide.double()).sample
+    theirs = reference.to(dtype).decode(wide.to(dtype)).sample.double()
+    actual = ours.to(dtype).decode(latents)
+    assert actual.dtype == dtype
+    our_error, their_error = (actual.double() - exact).norm(), (theirs - exact).norm()
+    assert our_error <= 1.1 * their_error, (our_error, their_error)
+
+
+def test_pixel_conversions_round_and_clamp() -> None:
+    pixels = torch.tensor([-1.0, 1.0, 0.0, 0.999, -1.5, 2.0])
+    assert to_uint8(pixels).tolist() == [0, 255, 128, 255, 0, 255]
+    torch.testing.assert_close(to_unit_range(pixels), torch.tensor([0.0, 1.0, 0.5, 0.9995, 0.0, 1.0]))
