@@ -162,6 +162,8 @@ class Engine:
         Each video has its own seed and prompt and, up to rounding, the numbers it has alone. Raises ValueError when the
         requests differ in size, length, steps, guidance or text length; nothing is computed before that is checked.
         """
+        if not requests:
+            raise ValueError("stream_batch needs at least one request")
         plans = [self.plan(request) for request in requests]
         _check_same_shape(requests, plans)
         return self._stream_batch(requests)

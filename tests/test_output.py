@@ -1,0 +1,141 @@
+"""Files: what is in them, and that they appear whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import av
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from helios_engine import VideoRequest
+from helios_engine.output import Video, frames_uint8, open_writer, video_metadata
+from helios_engine.request import ChunkTiming, VideoChunk
+
+SUFFIXES = [".mp4", ".npy", ".safetensors"]
+
+
+def _chunk(index: int, kind: str = "uint8", frames: int = 33) -> VideoChunk:
+    """A smooth picture that brightens over time, so that compression keeps its values."""
+    ramp = np.linspace(0, 100, 64)[None, None, :, None] + np.arange(frames)[:, None, None, None] + 33 * index
+    pixels = np.broadcast_to(ramp, (frames, 48, 64, 3)).round().astype(np.uint8)
+    latents = torch.full((1, 16, 9, 6, 8), float(index))
+    held = {"uint8": pixels, "float32": pixels.astype(np.float32) / 255, "device": torch.from_numpy(pixels.copy())}
+    return VideoChunk(index, held[kind], latents, ChunkTiming(0.0, 0.0))
+
+
+@pytest.mark.parametrize("kind", ["uint8", "float32", "device"])
+def test_mp4(tmp_path, kind: str) -> None:
+    path = tmp_path / "video.mp4"
+    with open_writer(path, fps=12, metadata={"prompt": "Füchse", "seed": 3}) as writer:
+        for index in range(2):
+            writer.write(_chunk(index, kind))
+        assert not path.exists()
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
+        assert stream.average_rate == 12
+        assert json.loads(container.metadata["comment"]) == {"prompt": "Füchse", "seed": 3}
+        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)])
+    expected = np.concatenate([_chunk(index).frames for index in range(2)])
+    assert frames.shape == expected.shape
+    assert np.abs(frames.astype(int) - expected).mean() < 2.5
+    data = path.read_bytes()
+    assert data.index(b"moov") < data.index(b"mdat"), "the index must come first"
+
+
+@pytest.mark.parametrize("kind", ["uint8", "float32", "device"])
+def test_npy(tmp_path, kind: str) -> None:
+    path = tmp_path / "frames.npy"
+    with open_writer(path, fps=24) as writer:
+        for index in range(3):
+            writer.write(_chunk(index, kind, frames=33 if index < 2 else 5))
+    frames = np.load(path)
+    assert frames.dtype == (np.float32 if kind == "float32" else np.uint8)
+    expected = np.concatenate([_chunk(index, "uint8", frames=33 if index < 2 else 5).frames for index in range(3)])
+    assert frames.shape == (71, 48, 64, 3)
+    assert np.array_equal(np.rint(frames * 255) if kind == "float32" else frames, expected)
+
+
+def test_safetensors(tmp_path) -> None:
+    path = tmp_path / "latents.safetensors"
+    with open_writer(path, fps=24, metadata={"seed": 7}) as writer:
+        for index in range(3):
+            writer.write(_chunk(index))
+    with safe_open(path, "pt") as file:
+        latents = file.get_tensor("latents")
+        assert json.loads(file.metadata()["comment"]) == {"seed": 7}
+    assert latents.shape == (1, 16, 27, 6, 8)
+    assert latents.dtype == torch.float32
+    assert [latents[0, 0, 9 * index, 0, 0].item() for index in range(3)] == [0.0, 1.0, 2.0]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_new_files_have_ordinary_permissions(tmp_path, suffix: str) -> None:
+    with open_writer(tmp_path / f"out{suffix}", fps=24) as writer:
+        writer.write(_chunk(0))
+    mask = os.umask(0)
+    os.umask(mask)
+    assert (tmp_path / f"out{suffix}").stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("chunks", [0, 1, 2])
+def test_an_exception_leaves_nothing(tmp_path, suffix: str, chunks: int) -> None:
+    path = tmp_path / f"out{suffix}"
+    with pytest.raises(RuntimeError, match="midway"), open_writer(path, fps=24) as writer:
+        for index in range(chunks):
+            writer.write(_chunk(index))
+        raise RuntimeError("midway")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_an_exception_keeps_the_older_file(tmp_path, suffix: str) -> None:
+    path = tmp_path / f"out{suffix}"
+    path.write_text("older")
+    with pytest.raises(RuntimeError, match="midway"), open_writer(path, fps=24) as writer:
+        writer.write(_chunk(0))
+        raise RuntimeError("midway")
+    assert path.read_text() == "older"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".safetensors"])
+def test_nothing_written_is_an_error(tmp_path, suffix: str) -> None:
+    with pytest.raises(ValueError, match="nothing to write"), open_writer(tmp_path / f"out{suffix}", fps=24):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_are_made(tmp_path) -> None:
+    path = tmp_path / "a" / "b" / "out.npy"
+    with open_writer(path, fps=24) as writer:
+        writer.write(_chunk(0))
+    assert np.load(path).shape == (33, 48, 64, 3)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_video_saves_itself(tmp_path, suffix: str) -> None:
+    chunk = _chunk(0)
+    video = Video(chunk.frames, chunk.latents, 24, {"seed": 1})
+    video.save(tmp_path / f"out{suffix}")
+    assert (tmp_path / f"out{suffix}").stat().st_size > 500
+
+
+def test_float_frames_are_rounded_to_nearest() -> None:
+    chunk = VideoChunk(0, np.array([0.0, 0.4999 / 255, 0.5001 / 255, 1.0], np.float32), None, ChunkTiming(0, 0))
+    assert frames_uint8(chunk).tolist() == [0, 0, 1, 255]
+
+
+def test_metadata_holds_settings_and_no_tensors() -> None:
+    request = VideoRequest(prompt_embeds=torch.zeros(1, 2, 4), seed=9, steps=(1, 2, 3))
+    values = video_metadata(request, {"variant": "mid"})
+    assert values["seed"] == 9
+    assert values["steps"] == (1, 2, 3)
+    assert values["variant"] == "mid"
+    assert "prompt_embeds" not in values
+    json.dumps(values)

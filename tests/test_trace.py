@@ -1,0 +1,77 @@
+"""NVTX ranges: which there are, that they nest, and the switch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from helios_engine import Engine, EngineConfig, VideoRequest, trace
+from helios_engine.output import open_writer
+
+REQUEST = VideoRequest(prompt="A fox", num_frames=33, height=64, width=64, steps=1, max_sequence_length=8)
+
+
+class _Recorder:
+    """Stands in for an NVTX domain."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+        self.depth = 0
+
+    def get_event_attributes(self, message: str) -> str:
+        return message
+
+    def push_range(self, message: str) -> None:
+        self.events.append("  " * self.depth + message)
+        self.depth += 1
+
+    def pop_range(self) -> None:
+        self.depth -= 1
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    recorder = _Recorder()
+    trace._range.cache_clear()
+    monkeypatch.setattr(trace, "_domain", lambda: recorder)
+    yield recorder
+    trace._range.cache_clear()
+
+
+def test_ranges_cover_a_run_and_nest(recorder: _Recorder, toy, tmp_path) -> None:
+    engine = Engine.load(toy / "distilled", EngineConfig(device="cpu"))
+    with open_writer(tmp_path / "out.mp4", fps=24) as writer:
+        for chunk in engine.stream(REQUEST):
+            writer.write(chunk)
+    assert recorder.depth == 0
+    block = ["      self_attention", "      cross_attention", "      feed_forward"] * engine.checkpoint.model.num_layers
+    step = ["    step", *block]
+    stages = [line for stage_steps in (2, 2, 2) for line in ["  stage", *step * stage_steps]]
+    assert recorder.events == ["load", "text_encode", "chunk", *stages, "  vae", "output"]
+
+
+def test_ranges_close_on_errors(recorder: _Recorder) -> None:
+    with pytest.raises(RuntimeError), trace.span("chunk"), trace.span("stage"):
+        raise RuntimeError
+    assert recorder.depth == 0
+
+
+def test_the_real_package_works() -> None:
+    trace._range.cache_clear()
+    with trace.span("chunk"):
+        pass
+
+
+def test_one_switch_turns_them_off() -> None:
+    code = "import sys; from helios_engine import trace; s = trace.span('x'); print(type(s).__name__, 'nvtx' in sys.modules)"
+    for value, expected in (("0", "nullcontext False"), ("1", "_Range True")):
+        result = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={"HELIOS_NVTX": value, "PATH": ""},
+        )
+        assert result.stdout.strip() == expected
