@@ -7,7 +7,6 @@ import subprocess
 import sys
 from unittest import mock
 
-import av
 import numpy as np
 import pytest
 from safetensors import safe_open
@@ -15,6 +14,8 @@ from safetensors import safe_open
 from helios_engine.cli import main
 from helios_engine.engine.session import VideoSession
 from tests.helpers import oracle
+
+av = pytest.importorskip("av")
 
 FAST = ["--prompt", "A red fox", "--height", "64", "--width", "64", "--device", "cpu"]
 

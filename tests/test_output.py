@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 
-import av
 import numpy as np
 import pytest
 import torch
@@ -14,6 +13,8 @@ from safetensors import safe_open
 from helios_engine import VideoRequest
 from helios_engine.output import Video, frames_uint8, open_writer, video_metadata
 from helios_engine.request import ChunkTiming, VideoChunk
+
+av = pytest.importorskip("av")
 
 SUFFIXES = [".mp4", ".npy", ".safetensors"]
 

@@ -54,6 +54,7 @@ def test_every_picture_mode_becomes_rgb(mode: str, tmp_path) -> None:
 
 
 def test_video_files_are_read(tmp_path) -> None:
+    pytest.importorskip("av")
     from helios_engine.output import open_writer
     from helios_engine.request import ChunkTiming, VideoChunk
 

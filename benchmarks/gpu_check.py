@@ -1,0 +1,316 @@
+"""The parts of gpu_check.sh: one function each, a JSON file and a Markdown line per part.
+
+    python -m benchmarks.gpu_check PART OUT [--tiny]
+
+Weights are random, of the real shapes, made on the device: speed does not depend on their values as long as nothing
+overflows. --tiny takes small models and sizes, so that the script itself can be tried anywhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from helios_engine import Engine, EngineConfig, VideoRequest
+from helios_engine.config import LATENT_FRAMES_PER_CHUNK, ModelConfig, Recipe, SchedulerConfig, VaeConfig
+from helios_engine.engine.checkpoint import Checkpoint, make_transformer
+from helios_engine.engine.frames import frames_per_call_for
+from helios_engine.engine.history import History, stacked_window
+from helios_engine.engine.session import VideoSession
+from helios_engine.model.transformer import init_random_
+from helios_engine.model.vae import VideoAutoencoder
+from helios_engine.ops.attention import choose_attention
+from helios_engine.request import FRAMES_PER_CHUNK
+from helios_engine.tools.bench import hardware, time_seconds
+from helios_engine.tools.toy import _init_vae_
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPE = torch.bfloat16
+STEPS = {"2,2,2": (2, 2, 2), "1,1,1": (1, 1, 1)}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The 14 B model at 384x640, or a miniature."""
+
+    model: ModelConfig
+    vae: VaeConfig
+    height: int
+    width: int
+    gemm: int
+    copy_bytes: int
+    repeats: int
+
+
+FULL = Scale(ModelConfig(), VaeConfig(), 384, 640, 8192, 2**31, 10)
+TINY = Scale(
+    ModelConfig(
+        num_attention_heads=4, attention_head_dim=32, rope_dim=(12, 10, 10), num_layers=2, ffn_dim=256, text_dim=64
+    ),
+    VaeConfig(base_dim=8),
+    *(64, 64, 256, 2**22, 2),
+)
+
+
+def make_engine(scale: Scale, *, vae_dtype: str = "float32") -> Engine:
+    """A Distilled engine with random weights on the device and no text encoder."""
+    scheduler = SchedulerConfig("dmd", use_dynamic_shifting=True, time_shift_type="linear")
+    index = {"_class_name": "HeliosPyramidPipeline", "is_distilled": True}
+    recipe = Recipe.for_checkpoint(index, scheduler, "random")
+    checkpoint = Checkpoint("random weights", Path(), scale.model, scale.vae, scheduler, recipe, has_text_encoder=False)
+    transformer = make_transformer(scale.model, DEVICE, DTYPE)
+    init_random_(transformer, 0)
+    vae = VideoAutoencoder(scale.vae)
+    _init_vae_(vae, 0)
+    vae = vae.to(DEVICE, getattr(torch, vae_dtype)).requires_grad_(False).channels_last_()
+    vae.statistics = vae.statistics.float()
+    config = EngineConfig(device=str(DEVICE), dtype="bfloat16", vae_dtype=vae_dtype)
+    return Engine(checkpoint, transformer=transformer, vae=vae, text_encoder=None, config=config)
+
+
+def make_request(scale: Scale, steps: str = "2,2,2", chunks: int = 4) -> VideoRequest:
+    embeds = torch.randn(1, 512, scale.model.text_dim, generator=torch.Generator().manual_seed(0))
+    frames = FRAMES_PER_CHUNK * chunks
+    return VideoRequest(
+        prompt_embeds=embeds, num_frames=frames, height=scale.height, width=scale.width, steps=STEPS[steps]
+    )
+
+
+def part_env(scale: Scale) -> dict[str, object]:
+    """Versions, and what this device can do at best: a large copy and large matrix products, sustained."""
+    a = torch.randn(scale.copy_bytes // 4, device=DEVICE)
+    b = torch.empty_like(a)
+    copy = time_seconds(lambda: b.copy_(a), DEVICE, 5 * scale.repeats)
+    rates = {}
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        x, w = (torch.randn(scale.gemm, scale.gemm, device=DEVICE, dtype=dtype) for _ in range(2))
+        seconds = time_seconds(lambda x=x, w=w: x @ w, DEVICE, 10 * scale.repeats)
+        rates[f"gemm_{name}_tflops"] = 2 * scale.gemm**3 / seconds / 1e12
+    return {
+        "copy_tb_per_s": 2 * a.nbytes / copy / 1e12,
+        **rates,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "os": platform.platform(),
+    }
+
+
+def part_tests(scale: Scale) -> dict[str, object]:
+    """The test suite on this machine, tests marked gpu included."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "not full", "-rs", "--maxfail=20"]
+    command += ["tests/ops", "tests/engine/test_gpu.py"] if scale is TINY else ["tests"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    print(result.stdout[-4000:], result.stderr[-2000:])
+    if result.returncode:
+        raise SystemExit(result.returncode)
+    return {"outcome": result.stdout.strip().splitlines()[-1]}
+
+
+def _context(engine: Engine, session: VideoSession):
+    history = History.empty(engine.checkpoint.model.in_channels, *session.plan.latent_size, engine.device)
+    history.append(torch.randn(1, engine.checkpoint.model.in_channels, 19, *session.plan.latent_size, device=DEVICE))
+    return engine.transformer.prepare(stacked_window([history]), session.texts)
+
+
+def part_dit(scale: Scale) -> dict[str, object]:
+    """Milliseconds per forward at the three stages."""
+    engine = make_engine(scale)
+    session = engine.open(make_request(scale))
+    context = _context(engine, session)
+    result = {}
+    for size, tokens in zip(session.plan.stage_sizes, session.plan.tokens_per_stage, strict=True):
+        latents = torch.randn(1, scale.model.in_channels, LATENT_FRAMES_PER_CHUNK, *size, device=DEVICE).to(DTYPE)
+        seconds = time_seconds(lambda x=latents: engine.transformer(x, 500.0, context), DEVICE, scale.repeats)
+        result[f"forward_ms_{tokens}+{session.plan.history_tokens}"] = 1e3 * seconds
+    return {**result, "attention": engine.transformer.attention.backend, **_peak()}
+
+
+def part_attention(scale: Scale) -> dict[str, object]:
+    """Every backend that runs here at the three self-attention shapes and the cross-attention, in TFLOP/s."""
+    heads, head_dim = scale.model.num_attention_heads, scale.model.attention_head_dim
+    full = 9 * (scale.height // 16) * (scale.width // 16)
+    shapes = {"self_full": (full + 2400, full + 2400), "self_half": (full // 4 + 2400,) * 2}
+    shapes |= {"self_quarter": (full // 16 + 2400,) * 2, "cross_full": (full, 512)}
+    result: dict[str, object] = {}
+    for name in ("fa3", "cudnn", "flash", "sdpa"):
+        try:
+            attention = choose_attention(name, device=DEVICE, dtype=DTYPE, head_dim=head_dim)
+        except ValueError as error:
+            result[name] = str(error)
+            continue
+        rates = {}
+        for shape, (queries, keys) in shapes.items():
+            q = torch.randn(1, queries, heads, head_dim, device=DEVICE, dtype=DTYPE)
+            k, v = (torch.randn(1, keys, heads, head_dim, device=DEVICE, dtype=DTYPE) for _ in range(2))
+            seconds = time_seconds(lambda q=q, k=k, v=v, run=attention: run(q, k, v), DEVICE, scale.repeats)
+            rates[shape] = 4 * queries * keys * heads * head_dim / seconds / 1e12
+        result[name] = rates
+    return result
+
+
+def part_vae(scale: Scale) -> dict[str, object]:
+    """Decode of one chunk in three dtypes and two splits; TF32 as torch's defaults have it."""
+    size = (scale.height // 8, scale.width // 8)
+    latents = torch.randn(1, scale.vae.z_dim, LATENT_FRAMES_PER_CHUNK, *size, device=DEVICE)
+    result = {}
+    for dtype in ("float32", "bfloat16", "float16") if DEVICE.type == "cuda" else ("float32",):
+        vae = VideoAutoencoder(scale.vae)
+        _init_vae_(vae, 0)
+        vae = vae.to(DEVICE, getattr(torch, dtype)).requires_grad_(False).channels_last_()
+        vae.statistics = vae.statistics.float()
+        for split in sorted({1, frames_per_call_for(DEVICE, vae, size)}):
+            seconds = time_seconds(lambda s=split, v=vae: v.decode(latents, frames_per_call=s), DEVICE, scale.repeats)
+            result[f"decode_ms_{dtype}_{split}_per_call"] = 1e3 * seconds
+        del vae
+    return {**result, **_peak()}
+
+
+def _chunk_figures(timings: list[tuple[float, float]]) -> dict[str, float]:
+    """First chunk apart; the rest as a median."""
+    totals = sorted(denoise + decode for denoise, decode in timings[1:])
+    steady = totals[len(totals) // 2]
+    return {"first_chunk_s": sum(timings[0]), "chunk_s": steady, "frames_per_second": FRAMES_PER_CHUNK / steady}
+
+
+def part_engine(scale: Scale) -> dict[str, object]:
+    """Whole chunks, 2,2,2 and 1,1,1, end to end but for text encoding and file writing."""
+    engine = make_engine(scale)
+    next(iter(engine.stream(make_request(scale, chunks=1))))
+    result: dict[str, object] = {}
+    for steps in STEPS:
+        chunks = list(engine.stream(make_request(scale, steps, chunks=5)))
+        assert all(torch.isfinite(chunk.latents).all() for chunk in chunks)
+        timings = [(chunk.timing.denoise_seconds, chunk.timing.decode_seconds) for chunk in chunks]
+        result[steps] = {**_chunk_figures(timings), "decode_s": timings[-1][1]}
+    return {**result, "attention": engine.transformer.attention.backend, **_peak()}
+
+
+def _diffusers_pipe(scale: Scale, *, compiled: bool):
+    from diffusers import AutoencoderKLWan, HeliosDMDScheduler, HeliosPyramidPipeline, HeliosTransformer3DModel
+
+    config = {name: getattr(scale.model, name) for name in scale.model.__slots__}
+    with torch.device("meta"):
+        transformer = HeliosTransformer3DModel(**config).to(DTYPE)
+    for name, module in transformer.named_modules():
+        if any(name.endswith(part) for part in ("time_embedder", "norm1", "norm2", "norm3")):
+            module.float()
+    transformer = transformer.to_empty(device=DEVICE).eval().requires_grad_(False)
+    for name, parameter in transformer.named_parameters():
+        if "scale_shift_table" in name:
+            parameter.data = parameter.data.float()
+    # Tables that the constructor computed on the meta device.
+    rope = transformer.rope
+    for axis, dim in zip("tyx", scale.model.rope_dim, strict=True):
+        setattr(rope, f"freqs_base_{axis}", rope._get_freqs_base(dim).to(DEVICE))
+    init_random_(transformer, 0)
+    vae = AutoencoderKLWan(base_dim=scale.vae.base_dim).to(DEVICE).eval()
+    _init_vae_(vae, 0)
+    scheduler = HeliosDMDScheduler(use_dynamic_shifting=True, time_shift_type="linear")
+    pipe = HeliosPyramidPipeline(None, None, vae, scheduler, transformer, is_distilled=True)
+    pipe.set_progress_bar_config(disable=True)
+    if compiled:
+        transformer.compile_repeated_blocks(fullgraph=True)
+    return pipe
+
+
+def _time_diffusers(scale: Scale, *, compiled: bool) -> dict[str, object]:
+    """Seconds between the ends of consecutive chunks, taken at each decode's end."""
+    import time
+    from unittest import mock
+
+    from tests.helpers.oracle import mended
+
+    pipe = _diffusers_pipe(scale, compiled=compiled)
+    decode = pipe.vae.decode
+    marks: list[float] = []
+
+    def marking_decode(*args: object, **kwargs: object):
+        output = decode(*args, **kwargs)
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        marks.append(time.perf_counter())
+        return output
+
+    result: dict[str, object] = {}
+    for warm_up, steps in ((True, "1,1,1"), (False, "2,2,2"), (False, "1,1,1")):
+        chunks = 1 if warm_up else 3
+        request = make_request(scale, steps, chunks)
+        marks.clear()
+        with mended(), mock.patch.object(pipe.vae, "decode", marking_decode), torch.no_grad():
+            start = time.perf_counter()
+            pipe(
+                prompt_embeds=request.prompt_embeds.to(DEVICE, DTYPE),
+                height=scale.height,
+                width=scale.width,
+                num_frames=FRAMES_PER_CHUNK * chunks,
+                guidance_scale=1.0,
+                pyramid_num_inference_steps_list=list(STEPS[steps]),
+                is_amplify_first_chunk=True,
+                generator=torch.Generator().manual_seed(0),
+                output_type="latent",
+            )
+        if not warm_up:
+            times = [end - begin for begin, end in zip([start, *marks], marks, strict=False)]
+            result[steps] = _chunk_figures([(seconds, 0.0) for seconds in times])
+    return {**result, **_peak()}
+
+
+def part_diffusers(scale: Scale) -> dict[str, object]:
+    """The reference, eager, on the same shapes."""
+    return _time_diffusers(scale, compiled=False)
+
+
+def part_compiled(scale: Scale) -> dict[str, object]:
+    """The reference with its blocks under torch.compile."""
+    return _time_diffusers(scale, compiled=True)
+
+
+def _peak() -> dict[str, object]:
+    if DEVICE.type != "cuda":
+        return {}
+    return {"peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9}
+
+
+PARTS: dict[str, Callable[[Scale], dict[str, object]]] = {
+    name.removeprefix("part_"): function for name, function in list(globals().items()) if name.startswith("part_")
+}
+
+
+def _flat(values: dict[str, object], prefix: str = "") -> list[str]:
+    lines = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            lines += _flat(value, f"{prefix}{name} ")
+        else:
+            lines.append(f"{prefix}{name} {value:.4g}" if isinstance(value, float) else f"{prefix}{name} {value}")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--tiny", action="store_true")
+    options = parser.parse_args()
+    scale = TINY if options.tiny else FULL
+    if DEVICE.type != "cuda" and not options.tiny:
+        raise SystemExit("gpu_check: this torch sees no GPU; --tiny tries the script without one")
+    with torch.no_grad():
+        figures = PARTS[options.part](scale)
+    size = f"{scale.height}x{scale.width}"
+    result = {"part": options.part, **hardware(DEVICE), "size": size, "tiny": options.tiny, **figures}
+    (options.out / f"{options.part}.json").write_text(json.dumps(result, indent=2) + "\n")
+    with (options.out / "summary.md").open("a") as file:
+        file.write(f"| {options.part} | {result['device']} | {'; '.join(_flat(figures))} |\n")
+
+
+if __name__ == "__main__":
+    main()

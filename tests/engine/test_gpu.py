@@ -1,0 +1,108 @@
+"""What only a CUDA device can show. Skipped elsewhere; gpu_check.sh runs it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from helios_engine import Engine, EngineConfig, VideoRequest
+from helios_engine.ops.attention import choose_attention
+from tests.helpers import oracle
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+# float32 with TF32 off, other summation orders than the CPU's.
+TOLERANCE = 1e-4
+
+
+@pytest.fixture
+def _no_tf32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+
+
+@pytest.mark.usefixtures("_no_tf32")
+@pytest.mark.parametrize("task", ["t2v", "i2v", "v2v"])
+@pytest.mark.parametrize("variant", ["base", "mid", "distilled"])
+def test_float32_on_the_gpu_equals_diffusers_on_the_cpu(variant: str, task: str, tmp_path) -> None:
+    case = oracle.random_case(variant, task, 1)
+    pipe = oracle.pipeline(case)
+    expected = oracle.run(pipe, case)
+    engine = Engine.load(oracle.save(pipe, tmp_path / "checkpoint"), EngineConfig(device="cuda", dtype="float32"))
+    video = engine.generate(VideoRequest(**oracle.request_arguments(case)))
+    assert (video.latents.cpu() - expected.latents).abs().max() <= TOLERANCE
+    assert abs(video.frames - expected.frames).max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("variant", ["base", "mid", "distilled"])
+def test_bf16_error_on_the_gpu_is_no_larger_than_diffusers(variant: str, tmp_path) -> None:
+    case = replace(oracle.random_case(variant, "t2v", 2), num_chunks=1, dynamic_shifting=True)
+    case = replace(case, model={**case.model, "is_amplify_history": False}, guidance_scale=1.0)
+    case = replace(case, scheduler="dmd" if variant == "distilled" else "unipc")
+    folder = oracle.save(oracle.pipeline(case), tmp_path / "checkpoint")
+    pipe_class = type(oracle.pipeline(case))
+    exact_pipe = pipe_class.from_pretrained(folder)
+    pipe = pipe_class.from_pretrained(folder, torch_dtype=torch.bfloat16, vae=oracle_vae(folder)).to("cuda")
+    engine = Engine.load(folder, EngineConfig(device="cuda", dtype="bfloat16"))
+    ratios = []
+    for seed in range(8):
+        seeded = replace(case, seed=seed)
+        exact = oracle.run(exact_pipe, seeded).latents
+        theirs = (oracle.run(pipe, seeded).latents.cpu() - exact).norm()
+        ours = (engine.generate(VideoRequest(**oracle.request_arguments(seeded))).latents.cpu() - exact).norm()
+        ratios.append((ours / theirs).item())
+    assert math.exp(sum(map(math.log, ratios)) / len(ratios)) <= 1.1, ratios
+    assert max(ratios) <= 1.5, ratios
+
+
+def oracle_vae(folder):
+    from diffusers import AutoencoderKLWan
+
+    return AutoencoderKLWan.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32)
+
+
+@pytest.mark.parametrize("backend", ["auto", "fa3", "cudnn", "flash", "sdpa"])
+@pytest.mark.parametrize(("queries", "keys"), [(2940, 2940), (540, 512), (1, 7)])
+def test_attention_backends_agree_with_float64(backend: str, queries: int, keys: int) -> None:
+    device = torch.device("cuda")
+    try:
+        attention = choose_attention(backend, device=device, dtype=torch.bfloat16, head_dim=128)
+    except ValueError as error:
+        pytest.skip(str(error))
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, n, 4, 128, generator=generator).bfloat16().cuda() for n in (queries, keys, keys))
+    scores = torch.einsum("blhk,bmhk->bhlm", q.double(), k.double()) / math.sqrt(128)
+    expected = torch.einsum("bhlm,bmhk->blhk", scores.softmax(-1), v.double())
+    error = (attention(q, k, v).double() - expected).norm() / expected.norm()
+    assert error < 5e-3
+
+
+@pytest.mark.parametrize("variant", ["base", "mid", "distilled"])
+def test_the_loop_never_waits_for_the_device(variant: str, toy, monkeypatch) -> None:
+    engine = Engine.load(toy / variant, EngineConfig(device="cuda"))
+    request = VideoRequest(prompt="A fox", num_frames=66, height=64, width=64, steps=2, max_sequence_length=8)
+    session = engine.open(request)
+    session.next_chunk()
+    transformer = engine.transformer
+
+    def strict(*args, **kwargs):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return type(transformer).forward(transformer, *args, **kwargs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(transformer, "forward", strict)
+    assert session.next_chunk().index == 1
+
+
+def test_frames_arrive_on_the_host_and_stay_on_the_device(toy) -> None:
+    engine = Engine.load(toy / "distilled", EngineConfig(device="cuda"))
+    common = {"prompt": "A fox", "num_frames": 33, "height": 64, "width": 64}
+    host = engine.generate(VideoRequest(**common)).frames
+    device = engine.generate(VideoRequest(**common, frames="device")).frames
+    assert device.is_cuda
+    assert (device.cpu().numpy() == host).all()
