@@ -74,6 +74,11 @@ class _FileWriter(abc.ABC):
         # The process number keeps two runs apart; the suffix stays last for writers that look at it.
         self.temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
 
+    def write(self, chunk: VideoChunk) -> None:
+        """Take in the next chunk."""
+        with span("output"):
+            self._append(chunk)
+
     def __enter__(self) -> _FileWriter:
         return self
 
@@ -86,6 +91,10 @@ class _FileWriter(abc.ABC):
                 self._abandon()
         finally:
             self.temporary.unlink(missing_ok=True)
+
+    @abc.abstractmethod
+    def _append(self, chunk: VideoChunk) -> None:
+        """Put a chunk at the end of the temporary file."""
 
     @abc.abstractmethod
     def _finish(self) -> None:
@@ -111,16 +120,15 @@ class Mp4Writer(_FileWriter):
         self._container = None
         self._stream = None
 
-    def write(self, chunk: VideoChunk) -> None:
+    def _append(self, chunk: VideoChunk) -> None:
         import av
 
-        with span("output"):
-            frames = frames_uint8(chunk)
-            if self._container is None:
-                self._open(height=frames.shape[1], width=frames.shape[2])
-            for frame in frames:
-                picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-                self._container.mux(self._stream.encode(picture))
+        frames = frames_uint8(chunk)
+        if self._container is None:
+            self._open(height=frames.shape[1], width=frames.shape[2])
+        for frame in frames:
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            self._container.mux(self._stream.encode(picture))
 
     def _open(self, *, height: int, width: int) -> None:
         import av
@@ -154,7 +162,7 @@ class NpyWriter(_FileWriter):
         self._frame_shape: tuple[int, ...] = ()
         self._dtype = np.dtype(np.uint8)
 
-    def write(self, chunk: VideoChunk) -> None:
+    def _append(self, chunk: VideoChunk) -> None:
         frames = chunk.frames.cpu().numpy() if isinstance(chunk.frames, Tensor) else chunk.frames
         self._file.write(np.ascontiguousarray(frames).tobytes())
         self._num_frames += len(frames)
@@ -183,7 +191,7 @@ class LatentsWriter(_FileWriter):
         self._metadata = metadata
         self._parts: list[Tensor] = []
 
-    def write(self, chunk: VideoChunk) -> None:
+    def _append(self, chunk: VideoChunk) -> None:
         self._parts.append(chunk.latents.float().cpu())
 
     def _finish(self) -> None:

@@ -42,7 +42,7 @@ def recorder(monkeypatch):
 
 def test_ranges_cover_a_run_and_nest(recorder: _Recorder, toy, tmp_path) -> None:
     engine = Engine.load(toy / "distilled", EngineConfig(device="cpu"))
-    with open_writer(tmp_path / "out.mp4", fps=24) as writer:
+    with open_writer(tmp_path / "out.npy", fps=24) as writer:
         for chunk in engine.stream(REQUEST):
             writer.write(chunk)
     assert recorder.depth == 0
