@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 FRAMES_PER_CHUNK = (LATENT_FRAMES_PER_CHUNK - 1) * 4 + 1
 FRAME_KINDS = ("uint8", "float32", "device")
 _MAX_FRAMES = 10**9
+_SHOWN_CHARACTERS = 80
 
 
 def _help(text: str, **extra: object) -> dict[str, object]:
@@ -111,8 +112,8 @@ class VideoRequest:
         for name in ("amplify_first_chunk", "zero_init"):
             if getattr(self, name) is not None:
                 _check_bool(name, getattr(self, name))
-        if self.frames not in FRAME_KINDS:
-            raise ValueError(f"frames must be one of {', '.join(FRAME_KINDS)}, got {self.frames!r}")
+        if not isinstance(self.frames, str) or self.frames not in FRAME_KINDS:
+            raise ValueError(f"frames must be one of {', '.join(FRAME_KINDS)}, got {_shown(self.frames)}")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> VideoRequest:
@@ -201,13 +202,21 @@ class VideoRequest:
                 raise ValueError(f"{low_name} and {high_name} must satisfy 0 <= min <= max <= 1, got {low} and {high}")
 
 
+def _shown(value: object) -> str:
+    """A value as one short line, whatever was passed."""
+    if isinstance(value, Tensor | np.ndarray):
+        return f"{type(value).__name__} of shape {tuple(value.shape)}"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
+
+
 def _integer(name: str, value: object, low: int, high: int) -> int:
     try:
         if isinstance(value, bool | np.bool_):
             raise TypeError
         number = operator.index(value)
     except TypeError:
-        raise ValueError(f"{name} must be a whole number, got {value!r}") from None
+        raise ValueError(f"{name} must be a whole number, got {_shown(value)}") from None
     if not low <= number <= high:
         raise ValueError(f"{name} must be between {low} and {high}, got {number}")
     return number
@@ -215,13 +224,13 @@ def _integer(name: str, value: object, low: int, high: int) -> int:
 
 def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number, got {value!r}")
+        raise ValueError(f"{name} must be a finite number, got {_shown(value)}")
     return float(value)
 
 
 def _check_bool(name: str, value: object) -> None:
     if not isinstance(value, bool):
-        raise ValueError(f"{name} must be true or false, got {value!r}")
+        raise ValueError(f"{name} must be true or false, got {_shown(value)}")
 
 
 def _check_tensor(name: str, value: object, shape: str, *, ndim: int) -> None:

@@ -60,6 +60,14 @@ def test_sensible_values_are_kept(num_frames, height, seed, guidance, steps) -> 
     assert (request.num_chunks - 1) * 33 < num_frames <= request.num_chunks * 33
 
 
+def test_messages_stay_short_whatever_was_passed() -> None:
+    for value in (torch.zeros(2, 3, 4), "x" * 500, ["a\nb"] * 99):
+        with pytest.raises(ValueError, match="num_frames must be a whole number") as caught:
+            VideoRequest(prompt="x", num_frames=value)
+        assert len(str(caught.value)) < 140
+        assert "\n" not in str(caught.value)
+
+
 def test_from_dict_refuses_unknown_names() -> None:
     assert VideoRequest.from_dict({"prompt": "x", "seed": 3}).seed == 3
     with pytest.raises(ValueError, match="unknown request field guidance, stepz; known are"):
