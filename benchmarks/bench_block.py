@@ -10,6 +10,7 @@ leave out: the block's matrix products at their shapes and its two attentions, o
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import time
@@ -24,6 +25,9 @@ from helios_engine.model import rope
 from helios_engine.model.block import Block, Modulation
 from helios_engine.model.transformer import init_random_
 from helios_engine.ops.attention import choose_attention
+from helios_engine.parallel.attention import SequenceAttention
+from helios_engine.parallel.context import ContextParallel
+from helios_engine.parallel.layout import TokenLayout
 from helios_engine.tools.bench import hardware
 
 HISTORY, TEXT = 2400, 512
@@ -41,10 +45,14 @@ def make_ours(noisy: int, grid: tuple[int, int]):
     rows = Modulation(*torch.randn(6, 2, CONFIG.dim).unbind(0))
     text_kv = block.text_keys_values(torch.randn(1, TEXT, CONFIG.dim).bfloat16())
 
+    sequence_attention = SequenceAttention(ContextParallel.single(), attention)
+    layout = TokenLayout.make(HISTORY, noisy, CONFIG.num_attention_heads, num_ranks=1)
+    attend = functools.partial(sequence_attention, layout=layout)
+
     def run() -> None:
         own = x.clone()
         qkv = block.project(own, rotation, rows, num_history=HISTORY)
-        block.attend_self_(own, qkv, rows, num_history=HISTORY, queries_from=0, attention=attention)
+        block.attend_self_(own, qkv, rows, num_history=HISTORY, noisy_only=False, attend=attend)
         block.attend_text_(own[:, HISTORY:], text_kv, attention=attention)
         block.feed_forward_(own, rows, num_history=HISTORY)
 

@@ -37,6 +37,16 @@ def engines(toy: Path):
     return get
 
 
+@pytest.fixture(scope="session")
+def ranks():
+    """Eight gloo processes that live as long as the run."""
+    from tests.helpers.ranks import RankPool
+
+    pool = RankPool()
+    yield pool
+    pool.close()
+
+
 @pytest.fixture(autouse=True)
 def _no_gradients():
     with torch.no_grad():

@@ -24,6 +24,7 @@ from helios_engine.model.transformer import TextContext, Transformer
 from helios_engine.model.vae import VideoAutoencoder
 from helios_engine.ops.attention import choose_attention
 from helios_engine.output import Video, collect
+from helios_engine.parallel.context import ContextParallel
 from helios_engine.request import ChunkTiming, VideoChunk, VideoRequest
 from helios_engine.sampling.noise import NoiseSource
 from helios_engine.sampling.pyramid import block_noise_factor
@@ -43,17 +44,19 @@ class Engine:
         vae: VideoAutoencoder,
         text_encoder: TextEncoder | None,
         config: EngineConfig,
+        context: ContextParallel | None = None,
     ) -> None:
         self.checkpoint, self.config = checkpoint, config
         self.transformer, self.vae, self.text_encoder = transformer, vae, text_encoder
         weight = transformer.project_out.weight
         self.device, self.dtype = weight.device, weight.dtype
-        transformer.attention = choose_attention(
+        attention = choose_attention(
             config.attention_backend,
             device=self.device,
             dtype=self.dtype,
             head_dim=checkpoint.model.attention_head_dim,
         )
+        transformer.connect(attention, context or ContextParallel.single())
         self._frames = FrameDecoder(vae)
         self._noise_factor = block_noise_factor(checkpoint.scheduler.gamma).to(self.device)
 

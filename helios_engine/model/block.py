@@ -6,6 +6,7 @@ Source: Diffusers HeliosTransformerBlock, HeliosAttnProcessor.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -101,20 +102,22 @@ class Block(nn.Module):
 
     def attend_self_(
         self,
-        x_BLD: Tensor,
-        qkv_BLD: Tensor,
+        x_BlD: Tensor,
+        qkv_BlD: Tensor,
         rows: Modulation,
         *,
         num_history: int,
-        queries_from: int,
-        attention: Attention,
+        noisy_only: bool,
+        attend: Callable[..., Tensor],
     ) -> None:
-        """x += gate * self-attention, for the rows from queries_from on."""
-        q, k, v = qkv_BLD.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
-        attended = self.out(attention(q[:, queries_from:], k, v).flatten(2))
-        ops.gated_residual_(
-            x_BLD[:, queries_from:], attended, rows.attention_gate, num_history=num_history - queries_from
-        )
+        """x += gate * self-attention, for all rows or for the noisy ones alone.
+
+        attend(qkv [B, l, 3, H, K], noisy_only=...) gives the attended rows; it may talk to other ranks.
+        """
+        qkv = qkv_BlD.unflatten(-1, (3, self.num_heads, self.head_dim))
+        skipped = num_history if noisy_only else 0
+        attended = self.out(attend(qkv, noisy_only=noisy_only).flatten(2))
+        ops.gated_residual_(x_BlD[:, skipped:], attended, rows.attention_gate, num_history=num_history - skipped)
 
     def text_keys_values(self, text_BTD: Tensor) -> Tensor:
         """Keys and values of the prompt, side by side [B, T, 2 D]; they depend on nothing else."""

@@ -67,19 +67,32 @@ class Embedder(nn.Module):
         self.text_out = nn.Linear(dim, dim, dtype=dtype)
         self._time_cache: BoundedCache[TimeRows] = BoundedCache(_TIMESTEPS_KEPT)
 
-    def noisy(self, latents_BCTHW: Tensor) -> Tensor:
-        """Tokens [B, N, D] of the chunk being denoised."""
-        return self._tokens("noisy", latents_BCTHW)
+    def noisy(self, latents_BCTHW: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Tokens [B, n, D] of the chunk being denoised, or of some of its rows."""
+        return self._project("noisy", self._patches("noisy", latents_BCTHW)[:, rows])
 
-    def history(self, window: HistoryWindow) -> Tensor | None:
-        """Tokens [B, N, D] of the history, [long | mid | short], or None where there is none."""
+    def history_patches(self, window: HistoryWindow) -> list[tuple[str, Tensor]]:
+        """The history's patches by group, [long, mid, short], before any weight is applied."""
         groups = (("long", window.long), ("mid", window.mid), ("short", window.short))
-        parts = [self._tokens(name, latents) for name, latents in groups if latents is not None]
-        return torch.cat(parts, dim=1) if parts else None
+        return [(name, self._patches(name, latents)) for name, latents in groups if latents is not None]
 
-    def _tokens(self, name: str, latents_BCTHW: Tensor) -> Tensor:
-        layer = self.patch[name]
-        return layer(ops.patch_rows(latents_BCTHW.to(layer.weight.dtype), self.kernels[name]))
+    def history(self, patches: list[tuple[str, Tensor]], rows: slice) -> Tensor:
+        """Tokens [B, n, D] of some rows of the history, counted over all groups."""
+        parts, offset = [], 0
+        for name, group in patches:
+            start, stop = max(rows.start - offset, 0), min(rows.stop - offset, group.size(1))
+            offset += group.size(1)
+            if stop > start:
+                parts.append(self._project(name, group[:, start:stop]))
+        if not parts:
+            return patches[0][1].new_empty(patches[0][1].size(0), 0, self.text_out.out_features)
+        return torch.cat(parts, dim=1)
+
+    def _patches(self, name: str, latents_BCTHW: Tensor) -> Tensor:
+        return ops.patch_rows(latents_BCTHW.to(self.patch[name].weight.dtype), self.kernels[name])
+
+    def _project(self, name: str, patches: Tensor) -> Tensor:
+        return self.patch[name](patches)
 
     def time(self, timestep: float) -> TimeRows:
         """The rows of a timestep, computed once: the time MLP reads 425 MB of weights in the 14 B model."""

@@ -1,11 +1,12 @@
 """The Helios transformer: latents, a timestep, a history and prompts in; one velocity per prompt out.
 
-# B batch, N noisy tokens, L all tokens, D width, K head dim, T text tokens, S segments: row 0 history, row 1 noisy
+# B batch, N noisy tokens, L all tokens, l this rank's tokens, D width, K head dim, T text tokens
 Source: arXiv 2603.04379; Diffusers HeliosTransformer3DModel.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,9 @@ from helios_engine.model.cache import BoundedCache
 from helios_engine.model.embed import Embedder, HistoryWindow
 from helios_engine.ops import reference as ops
 from helios_engine.ops.attention import Attention
+from helios_engine.parallel.attention import SequenceAttention
+from helios_engine.parallel.context import ContextParallel
+from helios_engine.parallel.layout import TokenLayout
 from helios_engine.trace import span
 
 _SHAPES_KEPT = 24
@@ -37,16 +41,27 @@ class TextContext:
 
 @dataclass(frozen=True, slots=True)
 class ChunkContext:
-    """What stays the same over all steps and stages of a chunk."""
+    """What stays the same over all steps and stages of a chunk; rows are this rank's share."""
 
-    history_BLD: Tensor | None  # tokens before the first block
-    history_rotation: Tensor | None  # [L, K/2]
+    total_history: int  # tokens over all ranks
+    history_BlD: Tensor | None  # tokens before the first block
+    history_rotation: Tensor | None  # [l, K/2]
     first_qkv: Tensor | None  # the first block's q, k, v of the history rows; None where they depend on the timestep
-    texts: tuple[TextContext, ...]
+    texts: tuple[TextContext, ...]  # the prompts this rank computes
 
     @property
     def num_history(self) -> int:
-        return 0 if self.history_BLD is None else self.history_BLD.size(1)
+        return 0 if self.history_BlD is None else self.history_BlD.size(1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Forward:
+    """What one forward's blocks have in common."""
+
+    layout: TokenLayout
+    rotation: Tensor  # [l, K/2] of this rank's tokens
+    modulations: list[Modulation]
+    context: ChunkContext
 
 
 class Transformer(nn.Module):
@@ -61,9 +76,17 @@ class Transformer(nn.Module):
         self.output_modulation = nn.Parameter(torch.empty(2, config.dim, dtype=torch.float32))
         t, h, w = config.patch_size
         self.project_out = nn.Linear(config.dim, config.out_channels * t * h * w, dtype=dtype)
-        self.attention: Attention | None = None  # set by whoever loads the model
+        self.attention: Attention | None = None  # this and the next two are set by connect
+        self.parallel = ContextParallel.single()
+        self._sequence_attention: SequenceAttention | None = None
         self._tables: BoundedCache[Tensor] = BoundedCache(_SHAPES_KEPT)
+        self._layouts: BoundedCache[TokenLayout] = BoundedCache(_SHAPES_KEPT)
         self._history_rows: Tensor | None = None
+
+    def connect(self, attention: Attention, parallel: ContextParallel) -> None:
+        """Choose how attention is computed and which ranks share the sequence; before the first forward."""
+        self.attention, self.parallel = attention, parallel
+        self._sequence_attention = SequenceAttention(parallel, attention)
 
     def encode_text(self, embeds_BTE: Tensor) -> TextContext:
         """The prompt's keys and values in every layer; once per prompt."""
@@ -71,85 +94,86 @@ class Transformer(nn.Module):
         return TextContext(tuple(block.text_keys_values(text_BTD) for block in self.blocks))
 
     def prepare(self, window: HistoryWindow, texts: tuple[TextContext, ...]) -> ChunkContext:
-        """History tokens, their positions and their part of the first block; once per chunk."""
-        history_BLD = self.embed.history(window)
-        if history_BLD is None:
-            return ChunkContext(None, None, None, texts)
+        """This rank's history tokens, their positions and their part of the first block; once per chunk."""
+        patches = self.embed.history_patches(window)
+        if not patches:
+            return ChunkContext(0, None, None, None, texts)
+        total = sum(group.size(1) for _, group in patches)
+        share = self._layout(total, 0).history_slice(self.parallel.sequence_rank)
+        history_BlD = self.embed.history(patches, share)
         rows, columns = (size // 2 for size in window.short.shape[-2:])
-        rotation = self._history_table(rows, columns, window)
-        num_history = history_BLD.size(1)
+        rotation = self._history_table(rows, columns, window)[share]
+        num_history = history_BlD.size(1)
         first_qkv = None
         if self.config.zero_history_timestep:
             first = self._modulations(0.0)[0]
-            first_qkv = self.blocks[0].project(history_BLD, rotation, first, num_history=num_history)
-        return ChunkContext(history_BLD, rotation, first_qkv, texts)
+            first_qkv = self.blocks[0].project(history_BlD, rotation, first, num_history=num_history)
+        return ChunkContext(total, history_BlD, rotation, first_qkv, texts)
 
     def forward(self, latents_BCTHW: Tensor, timestep: float, context: ChunkContext) -> tuple[Tensor, ...]:
-        """One velocity per text of the context, as rows [B, N, C * patch], channel fastest (ops.unpatchify)."""
-        noisy_BND = self.embed.noisy(latents_BCTHW)
-        rotation = self._chunk_table(latents_BCTHW.size(-2) // 2, latents_BCTHW.size(-1) // 2)
+        """One velocity per prompt, as rows [B, N, C * patch], channel fastest (ops.unpatchify); the same on every rank.
+
+        Tokens are sharded here, once; inside the blocks only self-attention talks between ranks; the noisy rows are
+        gathered at the end. When two halves of the ranks compute one guidance branch each, both are returned.
+        """
+        grid = (latents_BCTHW.size(-2) // 2, latents_BCTHW.size(-1) // 2)
+        layout = self._layout(context.total_history, latents_BCTHW.size(2) * grid[0] * grid[1])
+        own = layout.noisy_slice(self.parallel.sequence_rank)
+        x_BlD = self.embed.noisy(latents_BCTHW, own)
+        rotation = self._chunk_table(*grid)[own]
         num_history = context.num_history
-        x_BLD = noisy_BND
-        if context.history_BLD is not None:
-            x_BLD = torch.cat([context.history_BLD, noisy_BND], dim=1)
+        if context.history_BlD is not None:
+            x_BlD = torch.cat([context.history_BlD, x_BlD], dim=1)
             rotation = torch.cat([context.history_rotation, rotation])
-        modulations = self._modulations(timestep)
+        work = _Forward(layout, rotation, self._modulations(timestep), context)
         # Text enters at the first block's cross-attention, so what comes before is shared by all prompts.
         with span("self_attention"):
-            self._attend_self_(0, x_BLD, rotation, modulations[0], context)
+            self._attend_self_(0, x_BlD, work)
         share_history = len(context.texts) > 1 and self.config.guidance_cross_attn and len(self.blocks) > 1
         if share_history and num_history:
             with span("feed_forward"):
-                self.blocks[0].feed_forward_(x_BLD[:, :num_history], modulations[0], num_history=num_history)
+                self.blocks[0].feed_forward_(x_BlD[:, :num_history], work.modulations[0], num_history=num_history)
         outputs = []
         for text in context.texts:
-            own_BLD = x_BLD.clone() if len(context.texts) > 1 else x_BLD
-            self._finish_(own_BLD, rotation, modulations, context, text, history_done=share_history)
-            outputs.append(self._output(own_BLD[:, num_history:], timestep))
+            own_BlD = x_BlD.clone() if len(context.texts) > 1 else x_BlD
+            self._finish_(own_BlD, work, text, history_done=share_history)
+            rows = self._output(own_BlD[:, num_history:], timestep)
+            outputs.append(self.parallel.gather_rows(rows, layout.noisy, "gather"))
+        if self.parallel.degrees.cfg > 1:
+            return self.parallel.exchange_branches(outputs[0], "branches")
         return tuple(outputs)
 
-    def _finish_(
-        self,
-        x_BLD: Tensor,
-        rotation: Tensor,
-        modulations: list[Modulation],
-        context: ChunkContext,
-        text: TextContext,
-        *,
-        history_done: bool,
-    ) -> None:
+    def _finish_(self, x_BlD: Tensor, work: _Forward, text: TextContext, *, history_done: bool) -> None:
         """Everything after the first block's self-attention, in place."""
-        num_history = context.num_history
+        num_history = work.context.num_history
         text_from = num_history if self.config.guidance_cross_attn else 0
         last = len(self.blocks) - 1
         for index, block in enumerate(self.blocks):
             if index:
                 with span("self_attention"):
-                    self._attend_self_(index, x_BLD, rotation, modulations[index], context)
+                    self._attend_self_(index, x_BlD, work)
             with span("cross_attention"):
                 start = num_history if index == last else text_from
-                block.attend_text_(x_BLD[:, start:], text.keys_values[index], attention=self.attention)
+                block.attend_text_(x_BlD[:, start:], text.keys_values[index], attention=self.attention)
             with span("feed_forward"):
                 skip_history = index == last or (index == 0 and history_done)
                 start = num_history if skip_history else 0
-                block.feed_forward_(x_BLD[:, start:], modulations[index], num_history=num_history - start)
+                block.feed_forward_(x_BlD[:, start:], work.modulations[index], num_history=num_history - start)
 
-    def _attend_self_(
-        self, index: int, x_BLD: Tensor, rotation: Tensor, rows: Modulation, context: ChunkContext
-    ) -> None:
-        block, num_history = self.blocks[index], context.num_history
+    def _attend_self_(self, index: int, x_BlD: Tensor, work: _Forward) -> None:
+        block, rows, context = self.blocks[index], work.modulations[index], work.context
+        num_history = context.num_history
         # After the last block only noisy rows are read, so its history rows need keys and values alone.
-        queries_from = num_history if index == len(self.blocks) - 1 else 0
+        noisy_only = index == len(self.blocks) - 1
         if index == 0 and context.first_qkv is not None:
-            noisy = block.project(x_BLD[:, num_history:], rotation[num_history:], rows, num_history=0)
+            noisy = block.project(x_BlD[:, num_history:], work.rotation[num_history:], rows, num_history=0)
             qkv = torch.cat([context.first_qkv, noisy], dim=1)
-        elif queries_from:
-            qkv = block.project_skipping_queries(x_BLD, rotation, rows, num_history=num_history)
+        elif noisy_only and num_history:
+            qkv = block.project_skipping_queries(x_BlD, work.rotation, rows, num_history=num_history)
         else:
-            qkv = block.project(x_BLD, rotation, rows, num_history=num_history)
-        block.attend_self_(
-            x_BLD, qkv, rows, num_history=num_history, queries_from=queries_from, attention=self.attention
-        )
+            qkv = block.project(x_BlD, work.rotation, rows, num_history=num_history)
+        attend = functools.partial(self._sequence_attention, layout=work.layout)
+        block.attend_self_(x_BlD, qkv, rows, num_history=num_history, noisy_only=noisy_only, attend=attend)
 
     def _output(self, x_BND: Tensor, timestep: float) -> Tensor:
         embedding = self.embed.time(timestep).embedding_D.float()
@@ -169,6 +193,16 @@ class Transformer(nn.Module):
         rows = torch.stack([history_rows, noisy_rows], dim=2)  # [layers, 6, 2, D]
         rows[:, 1::3] += 1
         return [Modulation(*layer.unbind(0)) for layer in rows.unbind(0)]
+
+    def _layout(self, num_history: int, num_noisy: int) -> TokenLayout:
+        degrees = self.parallel.degrees
+        ranks = self.parallel.sequence_size
+        return self._layouts.get(
+            (num_history, num_noisy, ranks, degrees.ulysses),
+            lambda: TokenLayout.make(
+                num_history, num_noisy, self.config.num_attention_heads, num_ranks=ranks, ulysses=degrees.ulysses
+            ),
+        )
 
     def _chunk_table(self, rows: int, columns: int) -> Tensor:
         return self._tables.get(

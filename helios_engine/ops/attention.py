@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 logger = logging.getLogger(__name__)
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+AttendWithLse = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 _FA3_MODULES = ("fa3_fwd_interface", "flash_attn_interface")
 _SDPA_PREFERENCE = [
@@ -31,14 +32,24 @@ _SDPA_PREFERENCE = [
 class Attention:
     """Non-causal attention by one chosen backend: q [B, L, H, K], k and v [B, M, H, K] -> [B, L, H, K]."""
 
-    def __init__(self, backend: str, attend: Attend) -> None:
+    def __init__(self, backend: str, attend: Attend, attend_with_lse: AttendWithLse) -> None:
         self.backend = backend
-        self._attend = attend
+        self._attend, self._attend_with_lse = attend, attend_with_lse
 
     def __call__(self, q_BLHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor) -> Tensor:
         if q_BLHK.numel() == 0:  # torch's CPU kernel divides by the number of queries
             return torch.empty_like(q_BLHK)
         return self._attend(q_BLHK, k_BMHK, v_BMHK)
+
+    def with_lse(self, q_BLHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, and the natural logarithm of each row's sum of exponentials, float32 [B, L, H].
+
+        Without keys the result is zero and the logarithm -inf: such a partial adds nothing when merged.
+        """
+        if q_BLHK.numel() == 0 or k_BMHK.numel() == 0:
+            lse = q_BLHK.new_full(q_BLHK.shape[:3], float("-inf"), dtype=torch.float32)
+            return torch.zeros_like(q_BLHK), lse
+        return self._attend_with_lse(q_BLHK, k_BMHK, v_BMHK)
 
 
 def choose_attention(name: str, *, device: torch.device, dtype: torch.dtype, head_dim: int) -> Attention:
@@ -54,13 +65,13 @@ def choose_attention(name: str, *, device: torch.device, dtype: torch.dtype, hea
     if name != "auto":
         if reasons[name]:
             raise ValueError(f"attention backend {name} cannot run: {reasons[name]}; use auto or another one")
-        return Attention(name, _make(name, strict=True))
+        return _make(name, device, strict=True)
     if device.type == "cuda":
         for candidate in ("fa3", "cudnn", "flash"):
             if not reasons[candidate]:
-                return Attention(candidate, _make(candidate, strict=False))
+                return _make(candidate, device, strict=False)
             logger.info("attention: %s left out, %s", candidate, reasons[candidate])
-    return Attention("sdpa", _make("sdpa", strict=False))
+    return _make("sdpa", device, strict=False)
 
 
 def _refusal(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -86,14 +97,15 @@ def _refusal(name: str, device: torch.device, dtype: torch.dtype, head_dim: int)
     return None
 
 
-def _make(name: str, *, strict: bool) -> Attend:
+def _make(name: str, device: torch.device, *, strict: bool) -> Attention:
     if name == "fa3":
-        return _flash_attention_3()
+        return Attention(name, *_flash_attention_3())
     if name == "cudnn":
-        return _sdpa_with([SDPBackend.CUDNN_ATTENTION] if strict else _SDPA_PREFERENCE)
+        preference = [SDPBackend.CUDNN_ATTENTION] if strict else _SDPA_PREFERENCE
+        return Attention(name, _sdpa_with(preference), _cuda_with_lse)
     if name == "flash":
-        return _sdpa_with([SDPBackend.FLASH_ATTENTION])
-    return _sdpa
+        return Attention(name, _sdpa_with([SDPBackend.FLASH_ATTENTION]), _cuda_with_lse)
+    return Attention(name, _sdpa, _cpu_with_lse if device.type == "cpu" else _cuda_with_lse)
 
 
 def _sdpa(q_BLHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor) -> Tensor:
@@ -109,7 +121,24 @@ def _sdpa_with(backends: list[SDPBackend]) -> Attend:
     return attend
 
 
-def _flash_attention_3() -> Attend:
+def _cpu_with_lse(q_BLHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor) -> tuple[Tensor, Tensor]:
+    q, k, v = (x.transpose(1, 2) for x in (q_BLHK, k_BMHK, v_BMHK))
+    out, lse_BHL = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+    return out.transpose(1, 2), lse_BHL.transpose(1, 2)
+
+
+def _cuda_with_lse(q_BLHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor) -> tuple[Tensor, Tensor]:
+    """torch's kernels that give the logarithm: flash for 16-bit numbers, the memory-efficient one for float32."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BLHK, k_BMHK, v_BMHK))
+    if q.dtype == torch.float32:
+        out, lse_BHL = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True)[:2]
+    else:
+        out, lse_BHL = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2]
+    # The efficient kernel pads its rows to a multiple of 32.
+    return out.transpose(1, 2), lse_BHL[..., : q.size(2)].transpose(1, 2)
+
+
+def _flash_attention_3() -> tuple[Attend, AttendWithLse]:
     module_name = next(name for name in _FA3_MODULES if importlib.util.find_spec(name))
     flash_attn_func = importlib.import_module(module_name).flash_attn_func
 
@@ -117,4 +146,8 @@ def _flash_attention_3() -> Attend:
         out = flash_attn_func(q_BLHK, k_BMHK, v_BMHK, causal=False)
         return out[0] if isinstance(out, tuple) else out  # older releases return (out, lse)
 
-    return attend
+    def attend_with_lse(q_BLHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse_BHL = flash_attn_func(q_BLHK, k_BMHK, v_BMHK, causal=False, return_attn_probs=True)[:2]
+        return out, lse_BHL.transpose(1, 2)
+
+    return attend, attend_with_lse

@@ -102,6 +102,21 @@ def gelu_(x: Tensor) -> Tensor:
     return torch.ops.aten.gelu_(x, approximate="tanh")
 
 
+def merge_partials_(out_BLHK: Tensor, lse_BLH: Tensor, other_BLHK: Tensor, other_lse_BLH: Tensor) -> None:
+    """Fold a second attention partial, over other keys, into the first, in place; out and both lse are float32.
+
+    lse is the natural log of the sum of exponentials; a row with -inf saw no key and contributes nothing.
+    Source: FlashAttention-2 (arXiv 2307.08691), section 3.1.
+    """
+    top = torch.maximum(lse_BLH, other_lse_BLH)
+    top = torch.where(top.isinf(), torch.zeros_like(top), top)
+    own, other = (lse_BLH - top).exp(), (other_lse_BLH - top).exp()
+    total = own + other
+    safe = torch.where(total == 0, torch.ones_like(total), total)
+    out_BLHK.mul_((own / safe).unsqueeze(-1)).add_(other_BLHK.float() * (other / safe).unsqueeze(-1))
+    lse_BLH.copy_(top + total.log())
+
+
 def patch_rows(latents_BCTHW: Tensor, kernel: tuple[int, int, int]) -> Tensor:
     """Non-overlapping patches as rows [B, tokens, C * t * h * w], tokens in (t, h, w) order.
 

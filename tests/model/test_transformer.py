@@ -14,6 +14,7 @@ from helios_engine.model.embed import HistoryWindow
 from helios_engine.model.transformer import TextContext, Transformer
 from helios_engine.ops.attention import choose_attention
 from helios_engine.ops.reference import unpatchify
+from helios_engine.parallel.context import ContextParallel
 from tests.helpers import oracle
 
 # float32 through up to three layers whose activations reach 10.
@@ -29,7 +30,8 @@ def _pair(seed: int, **changes: object) -> tuple[HeliosTransformer3DModel, Trans
     for name, tensor in reference.state_dict().items():
         slots[name].copy_(tensor)
     head_dim = config["attention_head_dim"]
-    ours.attention = choose_attention("auto", device=CPU, dtype=torch.float32, head_dim=head_dim)
+    attention = choose_attention("auto", device=CPU, dtype=torch.float32, head_dim=head_dim)
+    ours.connect(attention, ContextParallel.single())
     return reference, ours
 
 

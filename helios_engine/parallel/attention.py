@@ -1,0 +1,135 @@
+"""Self-attention over a sequence that several ranks hold: Ulysses, ring, and their product.
+
+# B batch, l this rank's tokens [history | noisy], H all heads, h this rank's heads, K head dim, S a group's tokens
+
+Ulysses trades tokens for heads: one exchange gives each rank all tokens of its group for its own heads, attention runs
+locally, one exchange brings the rows back. A ring of such groups rotates keys and values and merges partial results.
+Full attention does not care about token order and rotary positions are applied before, so both are exact.
+Source: DeepSpeed Ulysses (arXiv 2309.14509), Ring Attention (arXiv 2310.01889), USP (arXiv 2405.07719).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from helios_engine.ops import reference as ops
+from helios_engine.ops.attention import Attention
+from helios_engine.parallel.context import ContextParallel
+from helios_engine.parallel.layout import TokenLayout
+
+
+class SequenceAttention:
+    """Attention of this rank's rows to the whole sequence."""
+
+    def __init__(self, context: ContextParallel, attention: Attention) -> None:
+        self._context, self._attention = context, attention
+
+    def __call__(self, qkv_Bl3HK: Tensor, layout: TokenLayout, *, noisy_only: bool) -> Tensor:
+        """Attended rows [B, l, H, K] of this rank's tokens, or of its noisy ones [B, noisy, H, K] alone.
+
+        qkv [B, l, 3, H, K] holds normalised and rotated rows; with noisy_only the history rows' queries are not read.
+        """
+        skipped = layout.history[self._context.sequence_rank] if noisy_only else 0
+        q, k, v = qkv_Bl3HK.unbind(2)
+        if layout.ulysses == 1:
+            return self._over_ring(q[:, skipped:], k, v, layout)
+        if noisy_only:
+            q, k, v = self._scatter_heads_of_noisy(q[:, skipped:], k, v, layout)
+        else:
+            q, k, v = self._scatter_heads(qkv_Bl3HK, layout).unbind(2)
+        out_BShK = self._over_ring(q, k, v, layout)
+        rows = layout.noisy if noisy_only else tuple(layout.tokens(rank) for rank in range(layout.num_ranks))
+        return self._gather_heads(out_BShK, layout, rows)
+
+    def _members(self, layout: TokenLayout) -> range:
+        return layout.group(self._context.sequence_rank)
+
+    def _scatter_heads(self, qkv_Bl3HK: Tensor, layout: TokenLayout) -> Tensor:
+        """q, k and v of all the group's tokens for this rank's heads, [B, S, 3, h, K]; rank-major token order."""
+        batch, own, _, _, head_dim = qkv_Bl3HK.shape
+        token_first = qkv_Bl3HK.transpose(0, 1)
+        pieces = [token_first[:, :, :, layout.head_slice(m)].reshape(-1) for m in range(layout.ulysses)]
+        heads = layout.heads[self._context.ulysses_rank]
+        tokens = [layout.tokens(rank) for rank in self._members(layout)]
+        received = self._context.all_to_all(
+            torch.cat(pieces),
+            send_counts=[own * batch * 3 * count * head_dim for count in layout.heads],
+            receive_counts=[count * batch * 3 * heads * head_dim for count in tokens],
+            purpose="qkv",
+        )
+        return received.view(sum(tokens), batch, 3, heads, head_dim).transpose(0, 1)
+
+    def _scatter_heads_of_noisy(
+        self, q_BnHK: Tensor, k_BlHK: Tensor, v_BlHK: Tensor, layout: TokenLayout
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same in one exchange, but queries of noisy tokens only: the last layer reads no others."""
+        batch, num_queries, _, head_dim = q_BnHK.shape
+        own = k_BlHK.size(1)
+        q, kv = q_BnHK.transpose(0, 1), torch.stack([k_BlHK, v_BlHK], dim=2).transpose(0, 1)
+        pieces = []
+        for member in range(layout.ulysses):
+            heads = layout.head_slice(member)
+            pieces += [kv[:, :, :, heads].reshape(-1), q[:, :, heads].reshape(-1)]
+        heads = layout.heads[self._context.ulysses_rank]
+        members = self._members(layout)
+        sizes = [(2 * layout.tokens(rank), layout.noisy[rank]) for rank in members]
+        received = self._context.all_to_all(
+            torch.cat(pieces),
+            send_counts=[(2 * own + num_queries) * batch * count * head_dim for count in layout.heads],
+            receive_counts=[sum(size) * batch * heads * head_dim for size in sizes],
+            purpose="qkv",
+        )
+        unit = batch * heads * head_dim
+        parts = received.split([rows * unit for size in sizes for rows in size])
+        kv = torch.cat(
+            [part.view(rows // 2, batch, 2, heads, head_dim) for part, (rows, _) in zip(parts[::2], sizes, strict=True)]
+        )
+        q = torch.cat(
+            [part.view(rows, batch, heads, head_dim) for part, (_, rows) in zip(parts[1::2], sizes, strict=True)]
+        ).transpose(0, 1)
+        kv = kv.transpose(0, 1)
+        return q, *kv.unbind(2)
+
+    def _gather_heads(self, out_BShK: Tensor, layout: TokenLayout, rows: tuple[int, ...]) -> Tensor:
+        """This rank's rows for all heads, [B, rows of this rank, H, K]; rows counts every rank's."""
+        batch, _, heads, head_dim = out_BShK.shape
+        own = rows[self._context.sequence_rank]
+        received = self._context.all_to_all(
+            out_BShK.transpose(0, 1).reshape(-1),
+            send_counts=[rows[rank] * batch * heads * head_dim for rank in self._members(layout)],
+            receive_counts=[own * batch * count * head_dim for count in layout.heads],
+            purpose="out",
+        )
+        parts = received.split([own * batch * count * head_dim for count in layout.heads])
+        parts = [part.view(own, batch, count, head_dim) for part, count in zip(parts, layout.heads, strict=True)]
+        return torch.cat(parts, dim=2).transpose(0, 1)
+
+    def _over_ring(self, q_BLhK: Tensor, k_BShK: Tensor, v_BShK: Tensor, layout: TokenLayout) -> Tensor:
+        """Attention to the keys of every group of the ring; each round sends on what it attends to."""
+        context = self._context
+        ring = context.degrees.ring
+        if ring == 1:
+            return self._attention(q_BLhK, k_BShK, v_BShK)
+        group_tokens = [
+            sum(layout.tokens(rank) for rank in range(first, first + layout.ulysses))
+            for first in range(0, layout.num_ranks, layout.ulysses)
+        ]
+        held = torch.stack([k_BShK, v_BShK])
+        out = lse = None
+        for turn in range(ring):
+            waiting, arriving = [], None
+            if turn + 1 < ring:
+                owner = (context.ring_rank - turn - 1) % ring
+                shape = (2, held.size(1), group_tokens[owner], *held.shape[3:])
+                arriving = held.new_empty(shape)
+                waiting = context.rotate(held, arriving, "ring")
+            part, part_lse = self._attention.with_lse(q_BLhK, held[0], held[1])
+            if out is None:
+                out, lse = part.float(), part_lse.clone()
+            else:
+                ops.merge_partials_(out, lse, part, part_lse)
+            for request in waiting:
+                request.wait()
+            held = arriving
+        return out.to(q_BLhK.dtype)

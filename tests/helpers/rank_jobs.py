@@ -1,0 +1,110 @@
+"""What ranks of the pool can be asked to do. Imported by every rank: keep it free of Diffusers."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from helios_engine.config import ModelConfig
+from helios_engine.model.embed import HistoryWindow
+from helios_engine.model.transformer import Transformer, init_random_
+from helios_engine.ops.attention import choose_attention
+from helios_engine.parallel.attention import SequenceAttention
+from helios_engine.parallel.context import ContextParallel, Degrees
+from helios_engine.parallel.layout import TokenLayout
+
+CPU = torch.device("cpu")
+
+
+@functools.cache
+def context(degrees: tuple[int, int, int]) -> ContextParallel | None:
+    wanted = Degrees(*degrees)
+    return ContextParallel.from_process_group(wanted, ranks=range(wanted.num_ranks))
+
+
+def whole_qkv(history: int, noisy: int, heads: int, head_dim: int, batch: int, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(history + noisy)
+    return torch.randn(batch, history + noisy, 3, heads, head_dim, generator=generator).to(dtype)
+
+
+def own_rows(whole: Tensor, layout: TokenLayout, rank: int) -> Tensor:
+    """A rank's share of rows counted [history | noisy]."""
+    noisy = whole[:, layout.num_history :][:, layout.noisy_slice(rank)]
+    return torch.cat([whole[:, : layout.num_history][:, layout.history_slice(rank)], noisy], dim=1)
+
+
+def attend(
+    parallel: ContextParallel, *, sizes: tuple[int, int, int, int, int], dtype: torch.dtype, noisy_only: bool
+) -> Tensor:
+    """This rank's attended rows."""
+    history, noisy, heads, head_dim, batch = sizes
+    attention = choose_attention("auto", device=CPU, dtype=dtype, head_dim=head_dim)
+    layout = TokenLayout.make(history, noisy, heads, num_ranks=parallel.sequence_size, ulysses=parallel.degrees.ulysses)
+    own = own_rows(whole_qkv(history, noisy, heads, head_dim, batch, dtype), layout, parallel.sequence_rank)
+    if noisy_only:  # these queries must not be read
+        own[:, : layout.history[parallel.sequence_rank], 0] = float("nan")
+    return SequenceAttention(parallel, attention)(own, layout, noisy_only=noisy_only)
+
+
+def scatter_heads(parallel: ContextParallel, *, sizes: tuple[int, int, int, int, int], dtype: torch.dtype) -> Tensor:
+    """The exchange alone: q, k, v of the group's tokens for this rank's heads."""
+    history, noisy, heads, head_dim, batch = sizes
+    layout = TokenLayout.make(history, noisy, heads, num_ranks=parallel.sequence_size, ulysses=parallel.degrees.ulysses)
+    own = own_rows(whole_qkv(history, noisy, heads, head_dim, batch, dtype), layout, parallel.sequence_rank)
+    return SequenceAttention(parallel, None)._scatter_heads(own, layout)
+
+
+def gather_heads(parallel: ContextParallel, *, sizes: tuple[int, int, int, int, int], dtype: torch.dtype) -> Tensor:
+    """The way back alone: this rank's heads of the group's tokens in, its tokens for all heads out."""
+    history, noisy, heads, head_dim, batch = sizes
+    layout = TokenLayout.make(history, noisy, heads, num_ranks=parallel.sequence_size, ulysses=parallel.degrees.ulysses)
+    whole = whole_qkv(history, noisy, heads, head_dim, batch, dtype)[:, :, 0]
+    members = layout.group(parallel.sequence_rank)
+    mine = torch.cat([own_rows(whole, layout, rank) for rank in members], dim=1)
+    mine = mine[:, :, layout.head_slice(parallel.ulysses_rank)]
+    rows = tuple(layout.tokens(rank) for rank in range(layout.num_ranks))
+    return SequenceAttention(parallel, None)._gather_heads(mine, layout, rows)
+
+
+def model(config: dict, parallel: ContextParallel) -> Transformer:
+    """A random transformer, amplification scales included, the same on every rank."""
+    transformer = Transformer(ModelConfig(**config), torch.float32)
+    init_random_(transformer, 0)
+    head_dim = config["attention_head_dim"]
+    transformer.connect(choose_attention("auto", device=CPU, dtype=torch.float32, head_dim=head_dim), parallel)
+    return transformer
+
+
+def model_inputs(batch: int, height: int, width: int, groups: tuple[str, ...], text_dim: int):
+    generator = torch.Generator().manual_seed(height * width)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    frames = {"long": 16, "mid": 2, "short": 2}
+    parts = {name: normal(batch, 16, count, 2 * height, 2 * width) for name, count in frames.items()}
+    window = HistoryWindow(**{name: part if name in groups else None for name, part in parts.items()})
+    return normal(batch, 16, 9, height, width), window, [normal(batch, 5, text_dim) for _ in range(2)]
+
+
+def forward(
+    parallel: ContextParallel, *, config: dict, size: tuple[int, int, int], groups: tuple[str, ...], guided: bool
+) -> tuple[list[Tensor], dict[str, int], dict[str, int]]:
+    """Velocities of one forward, and what this rank sent for it."""
+    transformer = model(config, parallel)
+    latents, window, texts = model_inputs(*size, groups, config["text_dim"])
+    if not guided:
+        texts = texts[:1]
+    elif parallel.degrees.cfg > 1:
+        texts = texts[parallel.cfg_rank : parallel.cfg_rank + 1]
+    chunk = transformer.prepare(window, tuple(transformer.encode_text(text) for text in texts))
+    parallel.traffic.bytes_sent.clear()
+    parallel.traffic.calls.clear()
+    velocities = list(transformer(latents, 700.0, chunk))
+    return velocities, dict(parallel.traffic.bytes_sent), dict(parallel.traffic.calls)
+
+
+def word(parallel: ContextParallel, *, values: list[int]) -> int:
+    return parallel.word(values[parallel.rank])
