@@ -10,7 +10,9 @@ import contextlib
 import dataclasses
 import json
 import logging
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -41,6 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = _parser().parse_args(arguments)
     except SystemExit as stop:
         return int(stop.code or 0)
+    if threading.current_thread() is threading.main_thread():
+        # A polite kill ends like Ctrl-C, so that no temporary file stays behind.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")
     try:
         return options.run(options)
@@ -74,9 +79,11 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("source", metavar="SRC", help="folder or hub id")
     convert.add_argument("target", metavar="DST", help="new folder")
     convert.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    convert.add_argument("--revision", help="hub revision when the source is a hub id")
 
     inspect = _command(commands, "inspect", _inspect, "what a checkpoint is, and whether its files are whole")
     inspect.add_argument("model", metavar="PATH", help="folder or hub id")
+    inspect.add_argument("--revision", help="hub revision when it is a hub id")
 
     toy = _command(commands, "toy", _toy, "write small random checkpoints to try things with")
     toy.add_argument("folder", metavar="DIR", help="gets the folders base, mid and distilled")
@@ -166,7 +173,7 @@ def _generate(options: argparse.Namespace) -> int:
 
     request = VideoRequest(**_collect(options, VideoRequest))
     config = EngineConfig(**_collect(options, EngineConfig))
-    check_output(options.output, options.encoder)
+    check_output(options.output, options.encoder, height=request.height, width=request.width)
     if request.num_frames is None and options.output.endswith(".safetensors"):
         raise ValueError("an endless video's latents cannot be held for one .safetensors file; use .mp4 or .npy")
     if options.dry_run:
@@ -239,7 +246,7 @@ def _dry_run(model: str, request: VideoRequest, config: EngineConfig) -> int:
 def _convert(options: argparse.Namespace) -> int:
     from helios_engine.tools.convert import convert_checkpoint
 
-    size = convert_checkpoint(options.source, Path(options.target), options.dtype)
+    size = convert_checkpoint(options.source, Path(options.target), options.dtype, options.revision)
     print(f"{options.target} ({size / 1e9:.3f} GB)")
     return 0
 
@@ -247,7 +254,7 @@ def _convert(options: argparse.Namespace) -> int:
 def _inspect(options: argparse.Namespace) -> int:
     from helios_engine.tools.inspect import inspect_build, inspect_checkpoint
 
-    found = inspect_checkpoint(options.model)
+    found = inspect_checkpoint(options.model, options.revision)
     for line in found.lines + inspect_build():
         print(line)
     if found.problems:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import re
+import types
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,24 +45,48 @@ def read_json(path: Path) -> dict[str, object]:
     return value
 
 
-def _from_json(cls: type, values: Mapping[str, object], source: str, renames: Mapping[str, str] = {}):
+def _from_json(cls: type, values: Mapping[str, object], source: str):
     """Build a config dataclass from a checkpoint's JSON, refusing keys whose meaning we do not implement.
 
     Keys that start with an underscore are the writer's bookkeeping. An unknown key whose value switches nothing on
     (null, false, empty) is harmless, so older and newer exports of the same model load.
     """
-    known = {f.name: f for f in dataclasses.fields(cls)}
+    known = {f.name for f in dataclasses.fields(cls)}
     arguments: dict[str, object] = {}
-    for key, value in values.items():
-        name = renames.get(key, key)
+    for name, value in values.items():
         if name in known:
             arguments[name] = tuple(value) if isinstance(value, list) else value
-        elif not key.startswith("_") and value not in (None, False, "", [], {}):
-            raise ValueError(f"{source}: unknown setting {key}={value!r}; this engine does not implement it")
+        elif not name.startswith("_") and value not in (None, False, "", [], {}):
+            raise ValueError(f"{source}: unknown setting {name}={value!r}; this engine does not implement it")
     try:
         return cls(**arguments)
-    except TypeError as error:
+    except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
+
+
+def _check_types(config: object) -> None:
+    """Refuse values of another type than the field's; JSON knows numbers, strings, booleans and lists of them."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        if not any(_has_type(value, option) for option in options):
+            raise ValueError(f"{name} must be {_described(hint)}, got {value!r}")
+
+
+def _has_type(value: object, hint: type) -> bool:
+    if typing.get_origin(hint) is tuple:
+        inner = typing.get_args(hint)
+        fits = (len(inner) == 2 and inner[1] is Ellipsis) or (isinstance(value, tuple) and len(value) == len(inner))
+        return isinstance(value, tuple) and fits and all(_has_type(item, inner[0]) for item in value)
+    if isinstance(value, bool):
+        return hint is bool
+    if hint is float:
+        return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, hint)
+
+
+def _described(hint: object) -> str:
+    return str(getattr(hint, "__name__", hint)) if typing.get_origin(hint) is None else str(hint)
 
 
 def _require(condition: bool, message: str) -> None:
@@ -67,7 +95,8 @@ def _require(condition: bool, message: str) -> None:
 
 
 def _positive_int(name: str, value: object) -> None:
-    _require(isinstance(value, int) and not isinstance(value, bool) and value > 0, f"{name} must be > 0, got {value!r}")
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    _require(is_whole and value > 0, f"{name} must be a positive whole number, got {value!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +107,7 @@ class ModelConfig:
     num_attention_heads: int = 40
     attention_head_dim: int = 128
     in_channels: int = 16
-    out_channels: int = 16
+    out_channels: int | None = 16
     text_dim: int = 4096
     freq_dim: int = 256
     ffn_dim: int = 13824
@@ -96,11 +125,12 @@ class ModelConfig:
     history_scale_mode: str = "per_head"
 
     def __post_init__(self) -> None:
+        if self.out_channels is None:
+            object.__setattr__(self, "out_channels", self.in_channels)
+        _check_types(self)
         for name in ("num_attention_heads", "attention_head_dim", "in_channels", "text_dim", "freq_dim", "ffn_dim"):
             _positive_int(name, getattr(self, name))
         _positive_int("num_layers", self.num_layers)
-        if self.out_channels is None:
-            object.__setattr__(self, "out_channels", self.in_channels)
         _require(
             self.in_channels == self.out_channels, "in_channels and out_channels must agree: latents are continued"
         )
@@ -151,11 +181,16 @@ class VaeConfig:
     patch_size: int | None = None
     scale_factor_temporal: int = 4
     scale_factor_spatial: int = 8
-    clip_output: bool = True
 
     def __post_init__(self) -> None:
-        _positive_int("vae base_dim", self.base_dim)
-        _positive_int("vae z_dim", self.z_dim)
+        _check_types(self)
+        for name in ("base_dim", "z_dim", "num_res_blocks", "in_channels", "out_channels"):
+            _positive_int(f"vae {name}", getattr(self, name))
+        _require(
+            bool(self.dim_mult) and min(self.dim_mult) > 0, f"dim_mult must be positive numbers, got {self.dim_mult}"
+        )
+        base = self.decoder_base_dim or self.base_dim
+        _require(base > 0 and base % 2 == 0, f"the decoder's base dimension must be even, got {base}")
         _require(not self.is_residual and self.patch_size is None, "Helios uses the Wan 2.1 VAE; this one is Wan 2.2")
         _require(not self.attn_scales, "attn_scales is not part of the Wan 2.1 VAE")
         _require(
@@ -163,9 +198,11 @@ class VaeConfig:
             f"temperal_downsample {self.temperal_downsample} must have one entry fewer than dim_mult {self.dim_mult}",
         )
         factors = (2 ** sum(self.temperal_downsample), 2 ** len(self.temperal_downsample))
+        stated = (self.scale_factor_temporal, self.scale_factor_spatial)
         _require(
-            factors == (self.scale_factor_temporal, self.scale_factor_spatial) == (4, 8),
-            f"the VAE must compress 4x in time and 8x in space, this one {factors[0]}x and {factors[1]}x",
+            factors == stated == (4, 8),
+            f"the VAE must compress 4x in time and 8x in space; its layers make {factors[0]}x and {factors[1]}x, its "
+            f"scale factors say {stated[0]}x and {stated[1]}x",
         )
         for name in ("latents_mean", "latents_std"):
             _require(
@@ -205,6 +242,22 @@ class SchedulerConfig:
     solver_p: None = None
 
     def __post_init__(self) -> None:
+        _check_types(self)
+        _positive_int("stages", self.stages)
+        _require(self.num_train_timesteps > 1, f"num_train_timesteps must be above 1, got {self.num_train_timesteps}")
+        # Above 1/3 the block noise's covariance has a negative eigenvalue.
+        _require(0 < self.gamma <= 1 / 3 + 1e-6, f"gamma must lie in (0, 1/3], got {self.gamma}")
+        _require(self.shift > 0, f"shift must be positive, got {self.shift}")
+        _require(
+            self.max_image_seq_len > self.base_image_seq_len,
+            f"max_image_seq_len {self.max_image_seq_len} must exceed base_image_seq_len {self.base_image_seq_len}",
+        )
+        _require(
+            list(self.stage_range) == sorted(set(self.stage_range))
+            and self.stage_range[0] >= 0
+            and self.stage_range[-1] <= 1,
+            f"stage_range must rise from 0 to 1, got {self.stage_range}",
+        )
         _require(
             self.scheduler_type in ("unipc", "euler", "dmd"),
             f"scheduler_type must be unipc, euler or dmd, got {self.scheduler_type!r}",
@@ -339,9 +392,5 @@ class EngineConfig:
         ):
             value = getattr(self, name)
             _require(value in choices, f"{name} must be one of {', '.join(choices)}, got {value!r}")
-        kind = self.device.partition(":")[0] if isinstance(self.device, str) else None
-        _require(kind in ("auto", "cpu", "cuda"), f"device must be auto, cpu, cuda or cuda:N, got {self.device!r}")
-        if ":" in self.device:
-            _require(
-                self.device.partition(":")[2].isdigit(), f"device must be cuda:N with a number, got {self.device!r}"
-            )
+        known = isinstance(self.device, str) and re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device)
+        _require(known, f"device must be auto, cpu, cuda or cuda:N with a number, got {self.device!r}")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import abc
-import dataclasses
 import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Protocol
 
@@ -22,6 +22,7 @@ from helios_engine.trace import span
 SUFFIXES = (".mp4", ".npy", ".safetensors")
 DEFAULT_ENCODER = "libx264"
 _NPY_HEADER_BYTES = 128
+_LONGEST_NAME = 200  # file systems allow 255 bytes, and the temporary name is a little longer
 
 
 class Writer(Protocol):
@@ -32,31 +33,50 @@ class Writer(Protocol):
     def __exit__(self, error_type: type | None, *rest: object) -> None: ...
 
 
-def check_output(path: str | Path, encoder: str = DEFAULT_ENCODER) -> None:
-    """Raise ValueError if a video could not be written there; called before any work starts."""
+def check_output(path: str | Path, encoder: str = DEFAULT_ENCODER, *, height: int = 384, width: int = 640) -> None:
+    """Raise ValueError if a video of this size could not be written there; called before any work starts."""
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise ValueError(f"output {path} must end in {', '.join(SUFFIXES)} (video, frames, latents)")
     if path.is_dir():
         raise ValueError(f"output {path} is a folder; name a file")
+    if len(os.fsencode(path.name)) > _LONGEST_NAME:
+        raise ValueError(f"output name {path.name[:20]}... is longer than {_LONGEST_NAME} bytes")
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise ValueError(f"output {path} cannot be written: {folder} is no folder this user may write to")
     if path.suffix == ".mp4":
-        import av
+        _check_encoder(encoder, height, width)
+    elif encoder != DEFAULT_ENCODER:
+        raise ValueError(f"encoder {encoder} has no effect on {path.suffix} files; leave it out")
 
-        try:
-            av.codec.Codec(encoder, "w")
-        except av.codec.codec.UnknownCodecError:
-            raise ValueError(f"encoder {encoder} is unknown to this FFmpeg; libx264 always works") from None
+
+def _check_encoder(name: str, height: int, width: int) -> None:
+    """Open the encoder for real: hardware ones are listed on machines that cannot run them."""
+    import av
+
+    try:
+        codec = av.codec.Codec(name, "w")
+    except av.codec.codec.UnknownCodecError:
+        raise ValueError(f"encoder {name} is unknown to this FFmpeg; libx264 always works") from None
+    formats = [pixel_format.name for pixel_format in codec.video_formats or ()]
+    if codec.type != "video" or "yuv420p" not in formats:
+        raise ValueError(f"encoder {name} does not make yuv420p video; libx264 always works")
+    context = av.CodecContext.create(codec, "w")
+    context.width, context.height, context.pix_fmt = width, height, "yuv420p"
+    context.time_base = Fraction(1, 24)
+    try:
+        context.open()
+    except av.FFmpegError as error:
+        raise ValueError(f"encoder {name} cannot run here: {error}; libx264 always works") from None
 
 
 def open_writer(
     path: str | Path, *, fps: int, metadata: Mapping[str, object] | None = None, encoder: str = DEFAULT_ENCODER
 ) -> Writer:
     """A writer by suffix: .mp4 (H.264), .npy (frames), .safetensors (float32 latents, held until the end)."""
-    check_output(path, encoder)
     path = Path(path)
+    check_output(path, encoder if path.suffix == ".mp4" else DEFAULT_ENCODER)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(dict(metadata or {}), ensure_ascii=False)
     if path.suffix == ".mp4":
@@ -169,6 +189,9 @@ class NpyWriter(_FileWriter):
         self._frame_shape, self._dtype = frames.shape[1:], frames.dtype
 
     def _finish(self) -> None:
+        if not self._num_frames:
+            self._file.close()
+            raise ValueError(f"{self.path}: no frames were made, nothing to write")
         shape = (self._num_frames, *self._frame_shape)
         header = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False, "shape": shape}
         prefix = np.lib.format.magic(1, 0)
@@ -205,9 +228,9 @@ class LatentsWriter(_FileWriter):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Video:
-    """A whole video: frames (F, H, W, 3) and latents (1, 16, 9 * chunks, h, w) float32."""
+    """A whole video: frames (F, H, W, 3), None on ranks other than 0, and latents (1, 16, 9 * chunks, h, w) float32."""
 
-    frames: np.ndarray | Tensor
+    frames: np.ndarray | Tensor | None
     latents: Tensor
     fps: int
     metadata: dict[str, object]
@@ -222,17 +245,18 @@ def collect(chunks: Iterable[VideoChunk], request: VideoRequest, facts: Mapping[
     """All chunks of a stream as one Video."""
     parts = list(chunks)
     frames = [chunk.frames for chunk in parts]
-    joined = torch.cat(frames) if isinstance(frames[0], Tensor) else np.concatenate(frames)
+    joined = None
+    if frames[0] is not None:
+        joined = torch.cat(frames) if isinstance(frames[0], Tensor) else np.concatenate(frames)
     latents = torch.cat([chunk.latents for chunk in parts], dim=2)
     return Video(joined, latents, request.fps, video_metadata(request, facts))
 
 
 def video_metadata(request: VideoRequest, facts: Mapping[str, object]) -> dict[str, object]:
     """What a file says of itself: the request's plain settings and the run's facts."""
-    plain = (str, int, float, bool, tuple)
-    settings = {
-        f.name: getattr(request, f.name)
-        for f in dataclasses.fields(request)
-        if isinstance(getattr(request, f.name), plain) and f.name != "frames"
-    }
+    settings = {name: value for name, value in request.settings().items() if value is not None and name != "frames"}
+    for name in ("image", "video"):
+        source = getattr(request, name)
+        if isinstance(source, str | Path):
+            settings[name] = str(source)
     return {**settings, **facts}

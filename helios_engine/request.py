@@ -25,7 +25,15 @@ if TYPE_CHECKING:
 FRAMES_PER_CHUNK = (LATENT_FRAMES_PER_CHUNK - 1) * 4 + 1
 FRAME_KINDS = ("uint8", "float32", "device")
 _MAX_FRAMES = 10**9
+_MAX_NUMBER = 1e300
 _SHOWN_CHARACTERS = 80
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+_SOURCES = (
+    *("prompt_embeds", "negative_prompt_embeds", "image", "video"),
+    *("latents", "image_latents", "fake_image_latents", "video_latents"),
+)
 
 
 def _help(text: str, **extra: object) -> dict[str, object]:
@@ -118,10 +126,20 @@ class VideoRequest:
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> VideoRequest:
         """A request from parsed JSON or YAML; an unknown name is a ValueError."""
+        if not isinstance(values, Mapping):
+            raise ValueError(f"a request must be a mapping of field names to values, got {type(values).__name__}")
         known = {f.name for f in dataclasses.fields(cls)}
         if unknown := sorted(str(name) for name in values if name not in known):
             raise ValueError(f"unknown request field {', '.join(unknown)}; known are {', '.join(sorted(known))}")
         return cls(**values)
+
+    def settings(self) -> dict[str, object]:
+        """The fields that are plain values: everything but embeddings, latents, pictures and clips."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _SOURCES}
+
+    def without_sources(self) -> VideoRequest:
+        """The same without pictures, clips and latents, for keeping once they are used up."""
+        return dataclasses.replace(self, **dict.fromkeys(_SOURCES[2:]))
 
     @property
     def num_chunks(self) -> int | None:
@@ -132,6 +150,8 @@ class VideoRequest:
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 raise ValueError(f"{name} must be text, got {type(value).__name__}; one request is one video")
+            if value is not None and not _is_unicode(value):
+                raise ValueError(f"{name} holds bytes that are no UTF-8 text")
             if value is not None and getattr(self, f"{name}_embeds") is not None:
                 raise ValueError(f"give {name} or {name}_embeds, not both")
         if self.prompt is None and self.prompt_embeds is None:
@@ -171,6 +191,10 @@ class VideoRequest:
         self._set_int("seed", 0, 2**63 - 1)
         if self.num_frames is not None:
             self._set_int("num_frames", 1, _MAX_FRAMES)
+            if self.skip_first_chunk is True and self.num_frames <= FRAMES_PER_CHUNK:
+                raise ValueError(
+                    f"skip_first_chunk anchors on the second chunk, but num_frames {self.num_frames} has only one"
+                )
         if self.zero_steps is not None:
             self._set_int("zero_steps", 0, 1000)
         if self.guidance_scale is not None:
@@ -222,8 +246,16 @@ def _integer(name: str, value: object, low: int, high: int) -> int:
     return number
 
 
+def _is_unicode(text: str) -> bool:
+    """False for the stand-ins Python puts where a command line's bytes were no text."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def _number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not math.isfinite(value):
+    is_number = isinstance(value, int | float | np.number) and not isinstance(
+        value, bool | complex | np.complexfloating
+    )
+    if not is_number or abs(value) > _MAX_NUMBER or not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number, got {_shown(value)}")
     return float(value)
 
@@ -238,8 +270,11 @@ def _check_tensor(name: str, value: object, shape: str, *, ndim: int) -> None:
         raise ValueError(f"{name} must be a torch tensor of shape {shape}, got {type(value).__name__}")
     if value.ndim != ndim or value.size(0) != 1:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}; one request is one video")
-    if not value.is_floating_point():
-        raise ValueError(f"{name} must hold floating point numbers, got {value.dtype}")
+    if value.dtype not in _FLOATS or value.layout != torch.strided or value.is_meta:
+        raise ValueError(
+            f"{name} must hold floating point numbers of 16 to 64 bits in a dense tensor, got {value.dtype} "
+            f"{value.layout} on {value.device}"
+        )
     if not bool(torch.isfinite(value).all()):
         raise ValueError(f"{name} holds NaN or infinite numbers")
 
@@ -256,11 +291,11 @@ class ChunkTiming:
 class VideoChunk:
     """33 frames (the last chunk may be cut).
 
-    frames: (F, H, W, 3), of the kind the request asked for. latents: (1, 16, 9, h, w) float32, normalised, as
-    Diffusers' output_type="latent".
+    frames: (F, H, W, 3), of the kind the request asked for; None on ranks other than 0. latents: (1, 16, 9, h, w)
+    float32, normalised, as Diffusers' output_type="latent".
     """
 
     index: int
-    frames: np.ndarray | Tensor
+    frames: np.ndarray | Tensor | None
     latents: Tensor
     timing: ChunkTiming

@@ -74,7 +74,16 @@ REQUESTS = {
     "image out of range": ("base", {"prompt": "x", "image": np.full((64, 64, 3), 255.0)}, None, "must lie in [0, 1]"),
     "image wrong type": ("base", {"prompt": "x", "image": 17}, None, "must be a path, PIL image"),
     "image nan": ("base", {"prompt": "x", "image": np.full((64, 64, 3), np.nan)}, None, "must lie in [0, 1]"),
-    "video empty": ("base", {"prompt": "x", "video": []}, None, "video must be"),
+    "video empty": ("base", {"prompt": "x", "video": []}, None, "at least 33 frames to continue from, got 0"),
+    "video of paths": ("base", {"prompt": "x", "video": ["a.png"] * 40}, None, "must be PIL images, arrays or tensors, got str"),
+    "video wrong type": ("base", {"prompt": "x", "video": 17}, None, "video must be a path"),
+    "image of objects": ("base", {"prompt": "x", "image": np.full((64, 64, 3), None)}, None, "uint8 or floating point"),
+    "prompt bytes": ("base", {"prompt": "a\udcff"}, ["--prompt", "a\udcff"], "no UTF-8 text"),
+    "guidance huge": ("base", {"prompt": "x", "guidance_scale": 10**400}, None, "guidance_scale must be a finite number"),
+    "embeds meta": ("distilled", {"prompt_embeds": torch.zeros(1, 4, 64, device="meta")}, None, "in a dense tensor"),
+    "embeds sparse": ("distilled", {"prompt_embeds": torch.zeros(1, 4, 64).to_sparse()}, None, "in a dense tensor"),
+    "zero init unguided": ("mid", {"prompt": "x", "guidance_scale": 1.0, "zero_init": True}, ["--prompt", "x", "--guidance-scale", "1", "--zero-init"], "no effect without guidance"),
+    "skip with one chunk": ("base", {"prompt": "x", "num_frames": 33, "skip_first_chunk": True}, ["--prompt", "x", "--num-frames", "33", "--skip-first-chunk"], "has only one"),
     "image latents alone": ("base", {"prompt": "x", "image_latents": torch.zeros(1, 16, 1, 8, 8)}, None, "belong together"),
     "latents shape": ("base", {"prompt": "x", "latents": torch.zeros(1, 16, 9, 8, 8)}, None, "latents must have shape (1, 16, 36, 8, 8)"),
     "latents endless": ("base", {"prompt": "x", "num_frames": None, "latents": torch.zeros(1, 16, 9, 8, 8)}, None, "endless"),
@@ -175,6 +184,15 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "other scheduler": (lambda f: _edit_json(f / "scheduler" / "scheduler_config.json", _class_name="UniPCMultistepScheduler"), ("HeliosScheduler or HeliosDMDScheduler",)),
     "wrong solver": (lambda f: _edit_json(f / "scheduler" / "scheduler_config.json", _class_name="HeliosScheduler"), ("needs HeliosDMDScheduler",)),
     "single stage": (lambda f: _edit_json(f / "scheduler" / "scheduler_config.json", stages=1, stage_range=[0, 1]), ("more than one stage",)),
+    "text config empty": (lambda f: (f / "text_encoder" / "config.json").write_text("{}"), ("text_encoder/config.json lacks vocab_size",)),
+    "text config type": (lambda f: _edit_json(f / "text_encoder" / "config.json", d_model="x"), ("describes no UMT5 encoder",)),
+    "text tensor missing": (lambda f: _edit_weights(f / "text_encoder" / "model.safetensors", lambda t: t.pop("encoder.final_layer_norm.weight")), ("missing encoder.final_layer_norm.weight",)),
+    "tokenizer corrupt": (lambda f: (f / "tokenizer" / "tokenizer.json").write_text("{"), ("tokenizer cannot be loaded",)),
+    "train steps zero": (lambda f: _edit_json(f / "scheduler" / "scheduler_config.json", num_train_timesteps=0), ("scheduler_config.json: num_train_timesteps must be above 1",)),
+    "gamma too large": (lambda f: _edit_json(f / "scheduler" / "scheduler_config.json", gamma=3.0), ("gamma must lie in",)),
+    "shift no number": (lambda f: _edit_json(f / "scheduler" / "scheduler_config.json", base_shift="x"), ("base_shift must be float, got 'x'",)),
+    "stages out of order": (lambda f: _edit_json(f / "scheduler" / "scheduler_config.json", stage_range=[1, 0.5, 0.2, 0]), ("stage_range must rise",)),
+    "blocks no number": (lambda f: _edit_json(f / "vae" / "config.json", num_res_blocks="x"), ("vae/config.json: num_res_blocks must be int",)),
     "wan 2.2 vae": (lambda f: _edit_json(f / "vae" / "config.json", is_residual=True), ("Wan 2.1 VAE",)),
     "statistics": (lambda f: _edit_json(f / "vae" / "config.json", latents_mean=[0.0]), ("latents_mean must have z_dim = 16",)),
     "channels differ": (lambda f: _edit_json(f / "transformer" / "config.json", in_channels=8, out_channels=8), ("16 latent channels, the transformer 8",)),
@@ -202,6 +220,9 @@ ENGINE_SETTINGS = {
     "vae dtype": ({"vae_dtype": "fp8"}, ["--vae-dtype", "fp8"], "vae"),
     "device": ({"device": "tpu"}, ["--device", "tpu"], "device must be auto, cpu, cuda"),
     "device number": ({"device": "cuda:x"}, ["--device", "cuda:x"], "cuda:N with a number"),
+    "device auto number": ({"device": "auto:0"}, ["--device", "auto:0"], "device must be"),
+    "device endless": ({"device": "cuda:" + "9" * 20}, ["--device", "cuda:" + "9" * 20], "device must be"),
+    "revision of a folder": ({"revision": "main"}, ["--revision", "main"], "has no effect on the local folder"),
     "device absent": ({"device": "cuda:99"}, ["--device", "cuda:99"], "cuda:99 is not there"),
     "backend": ({"attention_backend": "sage"}, ["--attention-backend", "sage"], "attention"),
     "backend on cpu": ({"attention_backend": "fa3", "device": "cpu"}, ["--attention-backend", "fa3", "--device", "cpu"], "fa3 cannot run"),
@@ -224,6 +245,11 @@ OUTPUTS = {
     "a folder": ("folder.mp4", [], "is a folder"),
     "below a file": ("file/out.mp4", [], "no folder this user may write to"),
     "encoder": ("out.mp4", ["--encoder", "h266"], "encoder h266 is unknown"),
+    "encoder of sound": ("out.mp4", ["--encoder", "aac"], "does not make yuv420p video"),
+    "encoder of pictures": ("out.mp4", ["--encoder", "png"], "does not make yuv420p video"),
+    "encoder without hardware": ("out.mp4", ["--encoder", "h264_nvenc"], "cannot run here"),
+    "encoder unused": ("out.npy", ["--encoder", "h264_nvenc"], "has no effect on .npy"),
+    "long name": ("x" * 230 + ".mp4", [], "is longer than"),
     "endless latents": ("out.safetensors", ["--num-frames", "endless"], "cannot be held"),
 }
 
@@ -272,12 +298,60 @@ def test_null_text_encoder_needs_embeddings(toy: Path, tmp_path: Path) -> None:
     assert video.frames.shape == (1, 64, 64, 3)
 
 
+@pytest.mark.parametrize("name", ["text config empty", "text tensor missing", "tokenizer corrupt", "missing key"])
+def test_inspect_and_convert_refuse_what_generate_refuses(name: str, toy: Path, tmp_path: Path, capsys) -> None:
+    damage, messages = CHECKPOINTS[name]
+    shutil.copytree(toy / "distilled", tmp_path / "checkpoint")
+    damage(tmp_path / "checkpoint")
+    before = set(tmp_path.rglob("*"))
+    for arguments in (["inspect"], ["convert"]):
+        target = [str(tmp_path / "copy")] if arguments == ["convert"] else []
+        assert main([*arguments, str(tmp_path / "checkpoint"), *target]) == 2
+        assert messages[0] in _assert_one_line(capsys, tmp_path, before)
+
+
+def test_everything_is_checked_before_anything_large_is_read(toy: Path, tmp_path: Path, monkeypatch) -> None:
+    from helios_engine.engine.checkpoint import Checkpoint
+
+    shutil.copytree(toy / "distilled", tmp_path / "checkpoint")
+    _truncate(tmp_path / "checkpoint" / "text_encoder" / "model.safetensors")
+    monkeypatch.setattr(Checkpoint, "load_transformer", lambda *_: pytest.fail("weights were read"))
+    with pytest.raises(ValueError, match="text_encoder/model.safetensors is truncated"):
+        Engine.load(tmp_path / "checkpoint", EngineConfig(device="cpu"))
+
+
+def test_odd_calls(engines) -> None:
+    with pytest.raises(ValueError, match="must be a VideoRequest, got dict"):
+        engines("base").open({"prompt": "x"})
+    with pytest.raises(ValueError, match="a list of at least one"):
+        engines("base").stream_batch(VideoRequest(prompt="x"))
+    with pytest.raises(ValueError, match="must be a mapping"):
+        VideoRequest.from_dict(None)
+    with pytest.raises(ValueError, match="no folder here"):
+        Engine.load("~nosuchuser/x/y")
+
+
+def test_a_full_disk_is_one_line(toy: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    from safetensors import SafetensorError
+
+    from helios_engine.model import weights
+
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(weights, "save_file", full)
+    assert main(["convert", str(toy / "base"), str(tmp_path / "copy")]) == 1
+    assert "No space left on device" in _assert_one_line(capsys, tmp_path, set())
+
+
 BATCHES = {
     "sizes": ({"height": 128}, "one shape"),
     "lengths": ({"num_frames": 34}, "one shape"),
     "steps": ({"steps": 3}, "one shape"),
     "text lengths": ({"max_sequence_length": 9}, "one text length"),
     "latents": ({"latents": torch.zeros(1, 16, 9, 8, 8)}, "latents for all requests or for none"),
+    "negative lengths": ({"negative_prompt_embeds": torch.zeros(1, 7, 64)}, "one text length"),
+    "unreadable image": ({"image": "nowhere.png"}, "nowhere.png does not exist"),
 }
 
 
@@ -290,7 +364,7 @@ def test_bad_batch(name: str, engines) -> None:
 
 
 def test_an_empty_batch_is_refused(engines) -> None:
-    with pytest.raises(ValueError, match="at least one request"):
+    with pytest.raises(ValueError, match="a list of at least one request"):
         engines("base").stream_batch([])
 
 

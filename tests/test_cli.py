@@ -177,3 +177,21 @@ def test_as_a_program() -> None:
     assert (
         result.stderr == "helios-engine: error: model nowhere is no folder here and no hub id of the form owner/name\n"
     )
+
+
+def test_a_polite_kill_leaves_nothing_behind(toy, tmp_path) -> None:
+    import signal
+    import time
+
+    flags = ["--num-frames", "33000", "--quiet", "--output", str(tmp_path / "out.mp4"), *FAST]
+    command = [sys.executable, "-m", "helios_engine.cli", "generate", "--model", str(toy / "distilled"), *flags]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not any(path.stat().st_size for path in tmp_path.iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert list(tmp_path.iterdir()), "the temporary file is there while the video is made"
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors == "helios-engine: error: stopped\n"
+    assert list(tmp_path.iterdir()) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -105,7 +106,7 @@ def test_an_exception_keeps_the_older_file(tmp_path, suffix: str) -> None:
     assert len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize("suffix", [".mp4", ".safetensors"])
+@pytest.mark.parametrize("suffix", SUFFIXES)
 def test_nothing_written_is_an_error(tmp_path, suffix: str) -> None:
     with pytest.raises(ValueError, match="nothing to write"), open_writer(tmp_path / f"out{suffix}", fps=24):
         pass
@@ -139,4 +140,7 @@ def test_metadata_holds_settings_and_no_tensors() -> None:
     assert values["steps"] == (1, 2, 3)
     assert values["variant"] == "mid"
     assert "prompt_embeds" not in values
+    clip = VideoRequest(prompt="x", video=tuple(np.zeros((33, 8, 8, 3), np.uint8)))
+    assert "video" not in video_metadata(clip, {})
+    assert video_metadata(VideoRequest(prompt="x", image=Path("a.png")), {})["image"] == "a.png"
     json.dumps(values)

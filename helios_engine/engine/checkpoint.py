@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from helios_engine.config import ModelConfig, Recipe, SchedulerConfig, VaeConfig
 from helios_engine.model.text import TextEncoder
 from helios_engine.model.transformer import Transformer
 from helios_engine.model.vae import VideoAutoencoder
-from helios_engine.model.weights import load_slots, transformer_name
+from helios_engine.model.weights import check_slots, load_slots, transformer_name
 
 COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 _CLASSES = {
@@ -61,6 +62,29 @@ class Checkpoint:
             has_text_encoder=present["text_encoder"],
         )
 
+    def problems(self) -> list[str]:
+        """What is wrong with the files, component by component; reads headers and the tokenizer only."""
+        with torch.device("meta"):
+            transformer, vae = Transformer(self.model, torch.bfloat16), VideoAutoencoder(self.vae)
+        checks: list[Callable[[], object]] = [
+            lambda: check_slots(self.folder / "transformer", transformer.checkpoint_slots(), rename=transformer_name),
+            lambda: check_slots(self.folder / "vae", vae.checkpoint_slots()),
+        ]
+        if self.has_text_encoder:
+            checks.append(lambda: TextEncoder.check(self.folder))
+        found = []
+        for check in checks:
+            try:
+                check()
+            except ValueError as error:
+                found.append(str(error))
+        return found
+
+    def check(self) -> None:
+        """Raise ValueError naming everything that is wrong with the files."""
+        if found := self.problems():
+            raise ValueError("; ".join(found))
+
     def load_transformer(self, device: torch.device, dtype: torch.dtype) -> Transformer:
         transformer = make_transformer(self.model, device, dtype)
         load_slots(self.folder / "transformer", transformer.checkpoint_slots(), rename=transformer_name)
@@ -89,8 +113,13 @@ def make_transformer(config: ModelConfig, device: torch.device, dtype: torch.dty
 
 
 def _locate(path_or_id: str, revision: str | None) -> Path:
-    path = Path(path_or_id).expanduser()
+    try:
+        path = Path(path_or_id).expanduser()
+    except RuntimeError:  # ~name of nobody
+        path = Path(path_or_id)
     if path.is_dir():
+        if revision is not None:
+            raise ValueError(f"revision {revision} has no effect on the local folder {path}; leave it out")
         return path
     parts = path_or_id.split("/")
     if len(parts) != 2 or not all(parts) or path_or_id.startswith((".", "~")):
@@ -101,12 +130,13 @@ def _locate(path_or_id: str, revision: str | None) -> Path:
 def _download(hub_id: str, revision: str | None) -> Path:
     """Fetch the inference components alone: the training folders would double the size."""
     import huggingface_hub
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     patterns = ["model_index.json", *(f"{component}/*" for component in COMPONENTS)]
     try:
         return Path(huggingface_hub.snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
-    except (HFValidationError, OSError) as error:  # the hub's own errors are OSErrors
+    # The bases are OSError and the HTTP client's own error, whichever client this release of the hub uses.
+    except (HFValidationError, OSError, *HfHubHTTPError.__bases__) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"model {hub_id} is no folder here and cannot be fetched from the hub: {reason}") from None
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from helios_engine.config import LATENT_FRAMES_PER_CHUNK, SchedulerConfig
+from helios_engine.engine.control import Control
 from helios_engine.engine.plan import Plan
 from helios_engine.model.transformer import ChunkContext, Transformer
 from helios_engine.ops import reference as ops
@@ -21,10 +22,6 @@ from helios_engine.sampling.solver import make_solver
 from helios_engine.trace import span
 
 StepCallback = Callable[[int, int, Tensor], None]
-
-
-class Cancelled(Exception):
-    """The video was cancelled or closed between two steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +34,7 @@ class ChunkJob:
     noise: tuple[NoiseSource, ...]  # one per video
     initial_BCTHW: Tensor | None  # given start noise; else it is drawn
     on_step: StepCallback | None
-    check: Callable[[], None]  # called before every step; raises Cancelled
+    control: Control  # asked before every step
 
 
 def denoise_chunk(transformer: Transformer, scheduler: SchedulerConfig, noise_factor: Tensor, job: ChunkJob) -> Tensor:
@@ -53,7 +50,7 @@ def denoise_chunk(transformer: Transformer, scheduler: SchedulerConfig, noise_fa
                 latents = pyramid.enlarge(latents, noise, alpha=alpha, beta=beta)
             solver = make_solver(scheduler, schedule, latents)
             for step, timestep in enumerate(schedule.timesteps):
-                job.check()
+                job.control.check()
                 with span("step"):
                     velocity = _velocity(transformer, job, latents, stage, step, timestep)
                     latents = solver.step(latents, velocity, step)

@@ -9,36 +9,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from helios_engine.config import NUM_HISTORY_FRAMES
+from helios_engine.config import LATENT_FRAMES_PER_CHUNK
 from helios_engine.engine import media
+from helios_engine.engine.frames import frames_per_call_for
 from helios_engine.engine.history import History
+from helios_engine.engine.media import Clip
 from helios_engine.model.vae import VideoAutoencoder
 from helios_engine.request import FRAMES_PER_CHUNK, VideoRequest
 from helios_engine.sampling.noise import NoiseSource, blend_with_noise
 
-_LATENT_FRAMES = 9
-# Older pieces of a clip never reach the 19-frame window; only their random numbers are drawn.
-_PIECES_IN_HISTORY = -(-NUM_HISTORY_FRAMES // _LATENT_FRAMES)
 
-
-def load_pixels(request: VideoRequest) -> Tensor | None:
-    """The request's picture or clip as pixels [1, 3, F, H, W] on the CPU, or None; files are read and checked here."""
+def load_pixels(request: VideoRequest) -> Tensor | Clip | None:
+    """The request's picture as pixels [1, 3, 1, H, W], its clip, or None; files are read and checked here."""
     size = {"height": request.height, "width": request.width}
     if request.image is not None:
         return media.load_image(request.image, **size)
-    if request.video is None:
-        return None
-    pixels = media.load_video(request.video, **size)
-    if pixels.size(2) < FRAMES_PER_CHUNK:
-        raise ValueError(
-            f"video must have at least {FRAMES_PER_CHUNK} frames to continue from, got {pixels.size(2)}; "
-            "use image for a single picture"
-        )
-    return pixels
+    return None if request.video is None else media.load_video(request.video, **size)
 
 
 def start_history(
-    request: VideoRequest, pixels: Tensor | None, noise: NoiseSource, vae: VideoAutoencoder, device: torch.device
+    request: VideoRequest,
+    pixels: Tensor | Clip | None,
+    noise: NoiseSource,
+    vae: VideoAutoencoder,
+    device: torch.device,
 ) -> History:
     """The history before the first chunk: empty, an image, or the end of a clip."""
     channels = vae.config.z_dim
@@ -50,7 +44,7 @@ def start_history(
     if request.video is not None or request.video_latents is not None:
         anchor, clip = _clip_latents(request, pixels, noise, vae, device)
         anchor = blend_with_noise(anchor, noise, sigmas["image"], per_frame=False)
-        pieces = clip.split(_LATENT_FRAMES, dim=2)
+        pieces = clip.split(LATENT_FRAMES_PER_CHUNK, dim=2)
         history.append(torch.cat([blend_with_noise(p, noise, sigmas["video"], per_frame=True) for p in pieces], dim=2))
         history.anchor_BC1HW = anchor
     elif request.image is not None or request.image_latents is not None:
@@ -63,7 +57,9 @@ def start_history(
 
 def _sample(vae: VideoAutoencoder, pixels: Tensor, noise: NoiseSource) -> Tensor:
     """A draw from the encoder's distribution, as the reference does even at inference."""
-    mean, std = vae.encode(pixels)
+    latent_size = (pixels.size(-2) // 8, pixels.size(-1) // 8)
+    split = frames_per_call_for(pixels.device, vae, latent_size)
+    mean, std = vae.encode(pixels, frames_per_call=split)
     return vae.normalize(mean + std * noise.normal(*mean.shape).to(mean.device))
 
 
@@ -79,21 +75,19 @@ def _image_latents(
 
 
 def _clip_latents(
-    request: VideoRequest, pixels: Tensor | None, noise: NoiseSource, vae: VideoAutoencoder, device: torch.device
+    request: VideoRequest, clip: Clip | None, noise: NoiseSource, vae: VideoAutoencoder, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    if pixels is None:
-        clip = request.video_latents.to(device, torch.float32)
-        anchor = clip[:, :, :1] if request.image_latents is None else request.image_latents.to(device, torch.float32)
-        return anchor, clip
-    anchor = _sample(vae, pixels[:, :, :1].to(device), noise)
-    num_pieces = pixels.size(2) // FRAMES_PER_CHUNK
-    pieces = pixels[:, :, -num_pieces * FRAMES_PER_CHUNK :].split(FRAMES_PER_CHUNK, dim=2)
+    """Anchor and all pieces' latents; pieces too old for the history are zeros, but their random numbers are drawn."""
+    if clip is None:
+        latents = request.video_latents.to(device, torch.float32)
+        anchor = latents[:, :, :1] if request.image_latents is None else request.image_latents.to(device, torch.float32)
+        return anchor, latents
+    anchor = _sample(vae, clip.first_BCTHW.to(device), noise)
+    pieces = clip.tail_BCTHW.split(FRAMES_PER_CHUNK, dim=2)
+    shape = (1, vae.config.z_dim, LATENT_FRAMES_PER_CHUNK, request.height // 8, request.width // 8)
     latents = []
-    for index, piece in enumerate(pieces):
-        if index < num_pieces - _PIECES_IN_HISTORY:
-            shape = (1, vae.config.z_dim, _LATENT_FRAMES, request.height // 8, request.width // 8)
-            noise.normal(*shape)
-            latents.append(torch.zeros(shape, device=device))
-        else:
-            latents.append(_sample(vae, piece.to(device), noise))
+    for _ in range(clip.num_frames // FRAMES_PER_CHUNK - len(pieces)):
+        noise.normal(*shape)
+        latents.append(torch.zeros(shape, device=device))
+    latents += [_sample(vae, piece.to(device), noise) for piece in pieces]
     return anchor, torch.cat(latents, dim=2)

@@ -7,15 +7,18 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from helios_engine.config import EngineConfig
+from helios_engine.config import NUM_HISTORY_FRAMES, EngineConfig
 from helios_engine.engine import conditioning
 from helios_engine.engine.checkpoint import Checkpoint
-from helios_engine.engine.chunk import Cancelled, ChunkJob, StepCallback, denoise_chunk
+from helios_engine.engine.chunk import ChunkJob, StepCallback, denoise_chunk
+from helios_engine.engine.control import Cancelled, Control
 from helios_engine.engine.frames import FrameDecoder
 from helios_engine.engine.history import History, stacked_window
+from helios_engine.engine.media import Clip
 from helios_engine.engine.plan import Plan, make_plan
 from helios_engine.engine.session import PromptEmbeddings, VideoSession, VideoStream
 from helios_engine.engine.state import SessionState
@@ -56,13 +59,19 @@ class Engine:
             dtype=self.dtype,
             head_dim=checkpoint.model.attention_head_dim,
         )
-        transformer.connect(attention, context or ContextParallel.single())
+        self.context = context or ContextParallel.single()
+        transformer.connect(attention, self.context)
         self._frames = FrameDecoder(vae)
         self._noise_factor = block_noise_factor(checkpoint.scheduler.gamma).to(self.device)
 
     @classmethod
-    def load(cls, path_or_id: str | Path, config: EngineConfig | None = None) -> Engine:
+    def load(
+        cls, path_or_id: str | Path, config: EngineConfig | None = None, context: ContextParallel | None = None
+    ) -> Engine:
         """Load a checkpoint in the Diffusers layout from a local folder or a hub id (owner/name).
+
+        context says which ranks work together; one process alone by default. All of its ranks load, with the same
+        arguments, and make the same calls afterwards; frames are on rank 0 only, latents on every rank.
 
         Weights stream tensor by tensor to the device in the target dtype, so host memory stays near one tensor.
         Raises ValueError when the checkpoint or a setting is unusable, before anything large is read.
@@ -74,12 +83,14 @@ class Engine:
             choose_attention(
                 config.attention_backend, device=device, dtype=dtype, head_dim=checkpoint.model.attention_head_dim
             )
+            checkpoint.check()
             engine = cls(
                 checkpoint,
                 transformer=checkpoint.load_transformer(device, dtype),
                 vae=checkpoint.load_vae(device, getattr(torch, config.vae_dtype)),
                 text_encoder=checkpoint.load_text_encoder(device, dtype),
                 config=config,
+                context=context,
             )
         logger.info(
             "loaded %s (%s) on %s in %s, attention %s",
@@ -93,14 +104,22 @@ class Engine:
 
     def plan(self, request: VideoRequest) -> Plan:
         """What a request would compute; raises ValueError where this checkpoint cannot serve it."""
+        if not isinstance(request, VideoRequest):
+            raise ValueError(f"a request must be a VideoRequest, got {type(request).__name__}")
         checkpoint = self.checkpoint
-        return make_plan(
+        plan = make_plan(
             request,
             recipe=checkpoint.recipe,
             scheduler=checkpoint.scheduler,
             model=checkpoint.model,
             has_text_encoder=self.text_encoder is not None,
         )
+        if self.context.degrees.cfg > 1 and not plan.is_guided:
+            raise ValueError(
+                f"cfg degree 2 computes two guidance branches, but guidance_scale is {plan.recipe.guidance_scale:g}; "
+                "use cfg degree 1"
+            )
+        return plan
 
     @torch.no_grad()
     def open(self, request: VideoRequest, on_step: StepCallback | None = None) -> VideoSession:
@@ -109,32 +128,40 @@ class Engine:
         on_step(stage, step, latents) is called after every solver step; latents [1, C, 9, h, w] are read-only.
         """
         plan = self.plan(request)
-        pixels = conditioning.load_pixels(request)
-        with span("text_encode"):
-            prompt = self._encode_prompt(request, plan)
-        noise = NoiseSource(request.seed)
-        history = conditioning.start_history(request, pixels, noise, self.vae, self.device)
-        return self._session(request, plan, prompt, history=history, noise=noise, on_step=on_step)
+        return self._open(request, plan, conditioning.load_pixels(request), on_step)
 
     @torch.no_grad()
     def restore(self, state: SessionState, on_step: StepCallback | None = None) -> VideoSession:
         """Continue a session from its state, bit for bit on the same kind of device."""
-        request = VideoRequest(
-            **{**state.request, "prompt": None, "negative_prompt": None},
-            prompt_embeds=state.positive,
-            negative_prompt_embeds=state.negative,
-            latents=state.initial,
+        settings = {**state.request, "prompt": None, "negative_prompt": None}
+        request = VideoRequest.from_dict(
+            {
+                **settings,
+                "prompt_embeds": state.positive,
+                "negative_prompt_embeds": state.negative,
+                "latents": state.initial,
+            }
         )
         plan = self.plan(request)
-        shape = (1, self.checkpoint.model.in_channels, state.history.size(2), *plan.latent_size)
-        if tuple(state.history.shape) != shape:
-            raise ValueError(f"the state's history {tuple(state.history.shape)} does not fit this model's {shape}")
+        self._check_state(state, plan)
         noise = NoiseSource(0)
-        noise.restore(state.noise)
+        try:
+            noise.restore(state.noise)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"the state's noise generator is damaged: {error}") from None
         anchor = None if state.anchor is None else state.anchor.to(self.device)
         history = History(state.history.to(self.device), anchor)
         prompt = PromptEmbeddings(*(None if e is None else e.to(self.device) for e in (state.positive, state.negative)))
-        return self._session(request, plan, prompt, history=history, noise=noise, index=state.index, on_step=on_step)
+        return self._session(
+            request,
+            plan,
+            prompt,
+            history=history,
+            noise=noise,
+            settings=state.request,
+            index=state.index,
+            on_step=on_step,
+        )
 
     def stream(
         self, request: VideoRequest, on_step: StepCallback | None = None, *, progress: bool = False
@@ -165,17 +192,23 @@ class Engine:
         Each video has its own seed and prompt and, up to rounding, the numbers it has alone. Raises ValueError when the
         requests differ in size, length, steps, guidance or text length; nothing is computed before that is checked.
         """
-        if not requests:
-            raise ValueError("stream_batch needs at least one request")
+        if not isinstance(requests, Sequence) or not requests:
+            raise ValueError("stream_batch needs a list of at least one request")
         plans = [self.plan(request) for request in requests]
         _check_same_shape(requests, plans)
-        return self._stream_batch(requests)
+        pixels = [conditioning.load_pixels(request) for request in requests]
+        return self._stream_batch(requests, plans[0], pixels)
 
-    def _stream_batch(self, requests: Sequence[VideoRequest]) -> Iterator[list[VideoChunk]]:
-        sessions = [self.open(request) for request in requests]
+    def _stream_batch(
+        self, requests: Sequence[VideoRequest], plan: Plan, pixels: list[Tensor | Clip | None]
+    ) -> Iterator[list[VideoChunk]]:
+        sessions = [self._open(*pair, None) for pair in zip(requests, [plan] * len(requests), pixels, strict=True)]
+        control = sessions[0].control
+        for session in sessions[1:]:
+            session.control = control
         try:
-            while sessions and not any(session.is_finished for session in sessions):
-                yield self.advance(sessions)
+            while not control.poll() and (chunks := self.advance(sessions)):
+                yield chunks
         finally:
             for session in sessions:
                 session.close()
@@ -186,25 +219,28 @@ class Engine:
 
         All sessions must have equal plans and stand at the same chunk.
         """
-        first = sessions[0]
-        plan, index = first.plan, first.index
-        with span("chunk"):
-            start = self._clock()
-            job = self._job(sessions)
-            try:
+        index = sessions[0].index
+        drawn = [session.noise.state() for session in sessions]
+        try:
+            with span("chunk"):
+                start = self._clock()
+                job = self._job(sessions)
                 latents = denoise_chunk(self.transformer, self.checkpoint.scheduler, self._noise_factor, job)
-            except Cancelled:
+                denoised = self._clock()
+                own = [part.clone() if len(sessions) > 1 else part for part in latents.split(1)]
+                frames = [self._decode(s, part, index) for s, part in zip(sessions, own, strict=True)]
+                end = self._clock()
+        except BaseException as error:
+            # A chunk that was not finished was not begun: its random numbers go back, so it can be made again.
+            for session, state in zip(sessions, drawn, strict=True):
+                session.noise.restore(state)
+            if isinstance(error, Cancelled):
                 return []
-            denoised = self._clock()
-            frames = []
-            for session, own in zip(sessions, latents.split(1), strict=True):
-                session.accept(own)
-                frames.append(self._frames.decode(own, session.request.frames, plan.frames_in_chunk(index)))
-            end = self._clock()
+            raise
+        for session, part in zip(sessions, own, strict=True):
+            session.accept(part)
         timing = ChunkTiming(denoised - start, end - denoised)
-        return [
-            VideoChunk(index, own_frames, own, timing) for own_frames, own in zip(frames, latents.split(1), strict=True)
-        ]
+        return [VideoChunk(index, *pair, timing) for pair in zip(frames, own, strict=True)]
 
     def describe(self, plan: Plan) -> dict[str, object]:
         """Facts worth keeping beside a video: model, recipe, versions."""
@@ -220,9 +256,44 @@ class Engine:
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": str(self.device),
             "attention": self.transformer.attention.backend,
+            "ranks": self.context.describe(),
             "helios_engine": __version__,
             "torch": torch.__version__,
         }
+
+    @torch.no_grad()
+    def _open(
+        self, request: VideoRequest, plan: Plan, pixels: Tensor | Clip | None, on_step: StepCallback | None
+    ) -> VideoSession:
+        with span("text_encode"):
+            prompt = self._encode_prompt(request, plan)
+        noise = NoiseSource(request.seed)
+        history = conditioning.start_history(request, pixels, noise, self.vae, self.device)
+        return self._session(request, plan, prompt, history=history, noise=noise, on_step=on_step)
+
+    def _decode(self, session: VideoSession, latents: Tensor, index: int) -> np.ndarray | Tensor | None:
+        """A chunk's frames on rank 0, None elsewhere."""
+        if not self.context.is_first:
+            return None
+        return self._frames.decode(latents, session.request.frames, session.plan.frames_in_chunk(index))
+
+    def _check_state(self, state: SessionState, plan: Plan) -> None:
+        """Refuse a state that this model or its own request cannot have made."""
+        channels = self.checkpoint.model.in_channels
+        shapes = {
+            "history": (1, channels, NUM_HISTORY_FRAMES, *plan.latent_size),
+            "anchor": (1, channels, 1, *plan.latent_size),
+        }
+        for name, shape in shapes.items():
+            tensor = getattr(state, name)
+            if tensor is not None and tuple(tensor.shape) != shape:
+                raise ValueError(f"the state's {name} {tuple(tensor.shape)} does not fit this model's {shape}")
+        if state.index < 0 or (plan.num_chunks is not None and state.index > plan.num_chunks):
+            raise ValueError(
+                f"the state's chunk index {state.index} lies outside its video of {plan.num_chunks} chunks"
+            )
+        if (state.negative is None) == plan.is_guided:
+            raise ValueError("the state's negative prompt and its guidance_scale do not belong together")
 
     def _job(self, sessions: Sequence[VideoSession]) -> ChunkJob:
         first = sessions[0]
@@ -230,11 +301,6 @@ class Engine:
         if len(sessions) > 1:
             texts = tuple(TextContext.stack(list(branch)) for branch in zip(*(s.texts for s in sessions), strict=True))
         initial = [session.initial_noise() for session in sessions]
-
-        def check() -> None:
-            for session in sessions:
-                session.check()
-
         return ChunkJob(
             plan=first.plan,
             index=first.index,
@@ -242,7 +308,7 @@ class Engine:
             noise=tuple(session.noise for session in sessions),
             initial_BCTHW=None if initial[0] is None else torch.cat(initial),
             on_step=first.on_step,
-            check=check,
+            control=first.control,
         )
 
     def _session(
@@ -253,13 +319,25 @@ class Engine:
         *,
         history: History,
         noise: NoiseSource,
+        settings: dict[str, object] | None = None,
         index: int = 0,
         on_step: StepCallback | None,
     ) -> VideoSession:
         branches = (prompt.positive, prompt.negative) if plan.is_guided else (prompt.positive,)
-        texts = tuple(self.transformer.encode_text(embeds) for embeds in branches)
+        if self.context.degrees.cfg > 1:
+            branches = branches[self.context.cfg_rank : self.context.cfg_rank + 1]
         return VideoSession(
-            self, request, plan, prompt=prompt, texts=texts, history=history, noise=noise, index=index, on_step=on_step
+            self,
+            request,
+            plan,
+            prompt=prompt,
+            texts=tuple(self.transformer.encode_text(embeds) for embeds in branches),
+            history=history,
+            noise=noise,
+            control=Control(self.context),
+            settings=settings,
+            index=index,
+            on_step=on_step,
         )
 
     def _encode_prompt(self, request: VideoRequest, plan: Plan) -> PromptEmbeddings:
@@ -320,9 +398,15 @@ def _check_same_shape(requests: Sequence[VideoRequest], plans: Sequence[Plan]) -
             )
         if (request.latents is None) != (requests[0].latents is None):
             raise ValueError("stream_batch needs latents for all requests or for none")
-        lengths = [
-            r.max_sequence_length if r.prompt_embeds is None else r.prompt_embeds.size(1)
-            for r in (request, requests[0])
-        ]
+        lengths = [_text_lengths(r, plan.is_guided) for r in (requests[0], request)]
         if lengths[0] != lengths[1]:
-            raise ValueError(f"stream_batch needs prompts of one text length, got {lengths[1]} and {lengths[0]} tokens")
+            raise ValueError(
+                f"stream_batch needs prompts of one text length; (prompt, negative prompt) have {lengths[0]} and "
+                f"{lengths[1]} tokens"
+            )
+
+
+def _text_lengths(request: VideoRequest, is_guided: bool) -> tuple[int, ...]:
+    embeds = (request.prompt_embeds, request.negative_prompt_embeds)
+    lengths = tuple(request.max_sequence_length if e is None else e.size(1) for e in embeds)
+    return lengths if is_guided else lengths[:1]

@@ -13,8 +13,11 @@ from helios_engine.model.vae import VideoAutoencoder, to_uint8, to_unit_range
 from helios_engine.trace import span
 
 _SPLITS = (8, 4, 2, 1)
-# Full-resolution activations alive at once in the decoder's last level, padded copies included.
-_LIVE_ACTIVATIONS = 5
+# Tensors alive at a decoder call's peak, in units of one full-resolution activation of one latent frame (four frames, base
+# width): per frame of the call, and whatever the call. Counted on the meta device at 384x640 for calls of 2, 4 and 8
+# frames (float32: 7.3, 11.8, 20.8 GB; bfloat16: 4.2, 7.3, 13.3 GB); cuDNN's workspace comes on top.
+_UNITS_PER_FRAME = {4: 6, 2: 8}
+_UNITS_FIXED = 7.5
 # Two frames a call keep the CPU's temporaries small: 6.0 s against 7.4 s for eight (base_dim 32, 128x192, 2 cores).
 _CPU_FRAMES_PER_CALL = 2
 
@@ -46,10 +49,11 @@ def _to_host(frames: Tensor) -> np.ndarray:
 
 
 def decode_bytes(vae: VideoAutoencoder, latent_size: tuple[int, int], num_latent_frames: int) -> int:
-    """Rough peak of one decoder call in bytes, set by its last level: 4 frames out per latent frame, 8x8 pixels each."""
+    """Peak of one decoder call in bytes, set by its last level; an encoder call of as many frames needs no more."""
     channels = vae.config.decoder_base_dim or vae.config.base_dim
-    pixels = latent_size[0] * latent_size[1] * 64 * 4 * num_latent_frames
-    return _LIVE_ACTIVATIONS * channels * pixels * vae.dtype.itemsize
+    size = vae.dtype.itemsize
+    unit = channels * latent_size[0] * latent_size[1] * 64 * 4 * size
+    return int(unit * (_UNITS_PER_FRAME[size] * num_latent_frames + _UNITS_FIXED))
 
 
 def frames_per_call_for(device: torch.device, vae: VideoAutoencoder, latent_size: tuple[int, int]) -> int:

@@ -110,6 +110,10 @@ def _with_overrides(request: VideoRequest, recipe: Recipe) -> Recipe:
         if request.zero_init and not recipe.cfg_zero_star:
             raise ValueError(f"zero_init needs CFG-Zero*, which this {recipe.variant} checkpoint does not use")
         changes["zero_init"] = request.zero_init
+    if (request.zero_init or request.zero_steps is not None) and changes.get(
+        "guidance_scale", recipe.guidance_scale
+    ) <= 1.0:
+        raise ValueError("zero_init and zero_steps have no effect without guidance; leave them out")
     if request.zero_steps is not None:
         if not changes.get("zero_init", recipe.zero_init):
             raise ValueError("zero_steps has no effect without zero_init; leave it out")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from helios_engine.engine.chunk import Cancelled, StepCallback
+from helios_engine.engine.chunk import StepCallback
+from helios_engine.engine.control import Control
 from helios_engine.engine.history import History
 from helios_engine.engine.plan import Plan
 from helios_engine.engine.state import SessionState, to_cpu
@@ -45,44 +45,44 @@ class VideoSession:
         texts: tuple[TextContext, ...],
         history: History,
         noise: NoiseSource,
+        control: Control,
+        settings: dict[str, object] | None = None,
         index: int = 0,
         on_step: StepCallback | None = None,
     ) -> None:
-        self.request, self.plan = request, plan
+        self.request, self.plan = request.without_sources(), plan
+        self.settings = request.settings() if settings is None else settings
         self.prompt, self.texts = prompt, texts
         self.history, self.noise = history, noise
         self.index = index
         self.on_step = on_step
         self._engine: Engine | None = engine
-        self._initial = request.latents
-        self._cancelled = threading.Event()
+        self._initial = to_cpu(request.latents)
+        self.control = control
+        if self.index == plan.num_chunks:
+            control.complete()
 
     @property
     def is_finished(self) -> bool:
         """True when no further chunk will come."""
-        done = self.plan.num_chunks is not None and self.index >= self.plan.num_chunks
-        return done or self._cancelled.is_set() or self._engine is None
-
-    @property
-    def is_cancelled(self) -> bool:
-        return self._cancelled.is_set()
+        return self._engine is None or self.control.is_stopped
 
     def next_chunk(self) -> VideoChunk | None:
-        """The next 33 frames, or None after the last chunk, a cancel or a close."""
+        """The next 33 frames, or None after the last chunk, a cancel or a close. On many ranks all of them call it."""
         engine = self._engine  # close may clear it from another thread
-        if engine is None or self.is_finished:
+        if engine is None or self.control.poll():
             return None
         chunks = engine.advance([self])
         return chunks[0] if chunks else None
 
     def cancel(self) -> None:
-        """End the video within one solver step; a next_chunk under way returns None."""
-        self._cancelled.set()
+        """End the video within one solver step; a next_chunk under way returns None. On many ranks rank 0's counts."""
+        self.control.stop()
 
     def close(self) -> None:
-        """End the video and let go of its memory. Closing twice is fine."""
-        self._cancelled.set()
-        self._engine = None
+        """End the video and let go of its memory. Closing twice is fine. On many ranks all of them call it."""
+        self.control.close()
+        self._engine, self._initial = None, None
         self.texts = ()
 
     def state(self) -> SessionState:
@@ -90,7 +90,7 @@ class VideoSession:
         if self._engine is None:
             raise ValueError("the session is closed; take its state before closing it")
         return SessionState(
-            request=SessionState.plain_settings(self.request),
+            request=self.settings,
             index=self.index,
             history=to_cpu(self.history.frames_BCTHW),
             anchor=to_cpu(self.history.anchor_BC1HW),
@@ -108,11 +108,6 @@ class VideoSession:
 
     # What follows is called by Engine.advance alone.
 
-    def check(self) -> None:
-        """Raise Cancelled where the caller asked to stop."""
-        if self._cancelled.is_set():
-            raise Cancelled
-
     def initial_noise(self) -> Tensor | None:
         """Given start noise of the current chunk [1, C, 9, h, w] float32, or None when it is to be drawn."""
         if self._initial is None:
@@ -127,6 +122,8 @@ class VideoSession:
             self.history.anchor_BC1HW = latents_BCTHW[:, :, :1].clone()
         self.history.append(latents_BCTHW)
         self.index += 1
+        if self.index == self.plan.num_chunks:
+            self.control.complete()
 
 
 class VideoStream:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from dataclasses import dataclass
@@ -11,12 +10,8 @@ from pathlib import Path
 from torch import Tensor
 
 from helios_engine.model.weights import open_safetensors, save_safetensors
-from helios_engine.request import VideoRequest
 
 _FORMAT = "helios_engine.session/1"
-# Request fields that conditioning has used up by the time a session exists, or that hold tensors kept beside it.
-_SOURCES = ("image", "video", "latents", "image_latents", "fake_image_latents", "video_latents")
-_NOT_STORED = frozenset(("prompt_embeds", "negative_prompt_embeds", *_SOURCES))
 _TENSORS = ("history", "anchor", "noise", "positive", "negative", "initial")
 
 
@@ -38,11 +33,6 @@ class SessionState:
     negative: Tensor | None
     initial: Tensor | None
 
-    @staticmethod
-    def plain_settings(request: VideoRequest) -> dict[str, object]:
-        names = (f.name for f in dataclasses.fields(request) if f.name not in _NOT_STORED)
-        return {name: getattr(request, name) for name in names}
-
     def save(self, path: str | Path) -> None:
         """Write one safetensors file; it appears whole or not at all."""
         path = Path(path)
@@ -63,10 +53,16 @@ class SessionState:
             if header.get("format") != _FORMAT:
                 raise ValueError(f"{path} is no session state of this version (format {header.get('format')!r})")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        settings = json.loads(header["request"])
+        try:
+            settings, index = json.loads(header["request"]), int(header["index"])
+            missing = [name for name in ("history", "noise", "positive") if name not in tensors]
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{path} is damaged: its header does not hold {error}") from None
+        if missing or not isinstance(settings, dict):
+            raise ValueError(f"{path} is damaged: it lacks {', '.join(missing) or 'the request'}")
         if isinstance(settings.get("steps"), list):
             settings["steps"] = tuple(settings["steps"])
-        return cls(settings, int(header["index"]), **{name: tensors.get(name) for name in _TENSORS})
+        return cls(settings, index, **{name: tensors.get(name) for name in _TENSORS})
 
 
 def to_cpu(tensor: Tensor | None) -> Tensor | None:

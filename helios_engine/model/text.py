@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import html
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from helios_engine.config import read_json
-from helios_engine.model.weights import load_slots
+from helios_engine.model.weights import check_slots, load_slots, shapes_on_disk, weight_files
 
 
 def clean(prompt: str) -> str:
@@ -35,43 +36,55 @@ class TextEncoder:
     @classmethod
     def load(cls, checkpoint: Path, *, device: torch.device, dtype: torch.dtype) -> TextEncoder:
         """Read text_encoder/ and tokenizer/ of a checkpoint. Raises ValueError naming the file that is wrong."""
-        import transformers
-
         folder = checkpoint / "text_encoder"
-        config = transformers.UMT5Config.from_dict(read_json(folder / "config.json"))
-        with torch.device("meta"):
-            model = transformers.UMT5EncoderModel(config)
-        model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+        model = cls.on_meta(folder).to(dtype).to_empty(device=device).eval().requires_grad_(False)
         model.set_input_embeddings(model.shared)
-        slots = {name: tensor.data for name, tensor in model.state_dict(keep_vars=True).items()}
-        slots.pop("encoder.embed_tokens.weight")  # the same tensor as shared.weight
-        load_slots(folder, slots, rename=cls._slot_name(folder))
-        tokenizer = _load_tokenizer(checkpoint / "tokenizer")
-        if len(tokenizer) > config.vocab_size:
-            raise ValueError(
-                f"{checkpoint / 'tokenizer'} has {len(tokenizer)} pieces but the text encoder knows only "
-                f"{config.vocab_size}; they belong to different checkpoints"
-            )
-        return cls(tokenizer, model)
+        load_slots(folder, cls.slots(model), rename=cls.slot_name(folder))
+        return cls(_load_tokenizer(checkpoint / "tokenizer", model.config.vocab_size), model)
+
+    @classmethod
+    def check(cls, checkpoint: Path) -> None:
+        """Raise ValueError where load would, reading headers and the tokenizer only."""
+        folder = checkpoint / "text_encoder"
+        model = cls.on_meta(folder)
+        check_slots(folder, cls.slots(model), rename=cls.slot_name(folder))
+        _load_tokenizer(checkpoint / "tokenizer", model.config.vocab_size)
 
     @staticmethod
-    def _slot_name(folder: Path):
-        from helios_engine.model.weights import shapes_on_disk, weight_files
+    def on_meta(folder: Path):
+        """The encoder without any memory behind it."""
+        import transformers
 
-        names = shapes_on_disk(weight_files(folder)).keys()
-        has_shared = "shared.weight" in names
+        values = read_json(folder / "config.json")
+        missing = [
+            name for name in ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads") if name not in values
+        ]
+        if missing:
+            raise ValueError(f"{folder / 'config.json'} lacks {', '.join(missing)}")
+        try:
+            with torch.device("meta"):
+                return transformers.UMT5EncoderModel(transformers.UMT5Config.from_dict(values))
+        except (TypeError, ValueError, *_strict_errors()) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{folder / 'config.json'} describes no UMT5 encoder: {reason}") from None
+
+    @staticmethod
+    def slots(model: torch.nn.Module) -> dict[str, Tensor]:
+        slots = {name: tensor.data for name, tensor in model.state_dict(keep_vars=True).items()}
+        slots.pop("encoder.embed_tokens.weight", None)  # the same tensor as shared.weight
+        return slots
+
+    @staticmethod
+    def slot_name(folder: Path) -> Callable[[str], str | None]:
+        """Files hold the tied embedding under either name, or under both."""
+        has_shared = "shared.weight" in shapes_on_disk(weight_files(folder))
 
         def rename(name: str) -> str | None:
-            # Files hold the tied embedding under either name, or under both.
             if name == "encoder.embed_tokens.weight":
                 return None if has_shared else "shared.weight"
             return name
 
         return rename
-
-    @property
-    def width(self) -> int:
-        return self._model.config.d_model
 
     def encode(self, prompt: str, *, max_length: int) -> Tensor:
         """Embeddings [1, max_length, E]; rows past the prompt's end are zero. A longer prompt is cut."""
@@ -90,14 +103,27 @@ class TextEncoder:
         return hidden_BTE * mask.unsqueeze(-1)
 
 
-def _load_tokenizer(folder: Path):
+def _strict_errors() -> tuple[type[Exception], ...]:
+    """What newer transformers raise for a config value of the wrong type."""
+    from huggingface_hub import errors
+
+    return tuple(getattr(errors, name) for name in ("StrictDataclassError",) if hasattr(errors, name))
+
+
+def _load_tokenizer(folder: Path, vocab_size: int):
     import transformers
 
     # Without either file transformers makes up an almost empty vocabulary and says nothing.
     if not any((folder / name).is_file() for name in ("tokenizer.json", "spiece.model")):
         raise ValueError(f"{folder} has neither tokenizer.json nor spiece.model")
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     except Exception as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{folder} cannot be loaded: {reason}") from error
+    if len(tokenizer) > vocab_size:
+        raise ValueError(
+            f"{folder} has {len(tokenizer)} pieces but the text encoder knows only {vocab_size}; they belong to "
+            "different checkpoints"
+        )
+    return tokenizer

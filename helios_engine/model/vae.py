@@ -37,6 +37,8 @@ class CausalConv3d(nn.Conv3d):
             past = cache.get(self)
             if past is None:
                 past = x.new_zeros(*x.shape[:2], self.num_past, *x.shape[3:])
+                if not x.is_contiguous():  # cat takes its layout from its first part
+                    past = past.contiguous(memory_format=torch.channels_last_3d)
             x = torch.cat([past, x], dim=2)
             cache[self] = x[:, :, -self.num_past :].clone()
         if x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
@@ -241,11 +243,17 @@ class VideoAutoencoder(nn.Module):
                 layer.to(memory_format=torch.channels_last)
         return self
 
-    def encode(self, pixels_BCTHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the latents [B, z, 1 + T/4, H/8, W/8], not yet normalised, float32."""
+    def encode(self, pixels_BCTHW: Tensor, *, frames_per_call: int | None = None) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the latents [B, z, 1 + T/4, H/8, W/8], not yet normalised, float32.
+
+        The first frame is a call of its own, the others come 4 * frames_per_call at a time (None: all at once).
+        """
         pixels = pixels_BCTHW.to(self.dtype).contiguous(memory_format=torch.channels_last_3d)
         cache: FrameCache = {}
-        parts = [self.encoder(piece, cache) for piece in pixels.split([1, pixels.size(2) - 1], dim=2) if piece.size(2)]
+        rest = pixels.size(2) - 1
+        size = rest if frames_per_call is None else min(4 * frames_per_call, rest)
+        pieces = [pixels[:, :, :1], *(pixels[:, :, 1:].split(size, dim=2) if rest else ())]
+        parts = [self.encoder(piece, cache) for piece in pieces]
         mean, log_variance = self.quant_conv(torch.cat(parts, dim=2), cache).float().chunk(2, dim=1)
         return mean, torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))
 

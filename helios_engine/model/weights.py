@@ -81,6 +81,23 @@ def check_names(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tup
         raise ValueError(f"{folder} does not fit its config.json: {'; '.join(problems)}")
 
 
+def check_slots(
+    folder: Path, slots: Mapping[str, Tensor], *, rename: Callable[[str], str | None] = lambda name: name
+) -> list[Path]:
+    """The component's files, if their tensors are exactly the slots; reads headers only. Raises ValueError otherwise."""
+    files = weight_files(folder)
+    found: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes_on_disk(files).items():
+        slot = rename(name)
+        if slot is None:
+            continue
+        if slot in found:
+            raise ValueError(f"{folder}: tensor {name} is there under two names")
+        found[slot] = shape
+    check_names({name: tuple(slot.shape) for name, slot in slots.items()}, found, folder)
+    return files
+
+
 def load_slots(
     folder: Path,
     slots: Mapping[str, Tensor],
@@ -92,16 +109,7 @@ def load_slots(
     rename maps a name on disk to a slot's name, or to None for a tensor to leave out. Host memory holds one tensor at a
     time. Raises ValueError for missing, unexpected, doubled or wrongly shaped tensors before anything is copied.
     """
-    files = weight_files(folder)
-    found = {}
-    for name, shape in shapes_on_disk(files).items():
-        slot = rename(name)
-        if slot is None:
-            continue
-        if slot in found:
-            raise ValueError(f"{folder}: tensor {name} is there under two names")
-        found[slot] = shape
-    check_names({name: tuple(slot.shape) for name, slot in slots.items()}, found, folder)
+    files = check_slots(folder, slots, rename=rename)
     for path in files:
         with open_safetensors(path) as file, torch.no_grad():
             for name in file.keys():  # noqa: SIM118
@@ -112,7 +120,10 @@ def load_slots(
 
 def save_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file with the permissions any new file gets; safetensors itself makes it private."""
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=dict(metadata))
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=dict(metadata))
+    except SafetensorError as error:  # what a full disk or a missing folder gives
+        raise OSError(f"{path} cannot be written: {error}") from None
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)

@@ -21,12 +21,6 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 AttendWithLse = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 _FA3_MODULES = ("fa3_fwd_interface", "flash_attn_interface")
-_SDPA_PREFERENCE = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
 
 
 class Attention:
@@ -56,7 +50,7 @@ def choose_attention(name: str, *, device: torch.device, dtype: torch.dtype, hea
     """The backend called name, or under "auto" the fastest exact one that can run here.
 
     On a GPU the order is FlashAttention-3 (Hopper, bfloat16, package installed), then torch's attention with cuDNN
-    preferred over flash (cuDNN is 1.7 to 2.3 times faster on Hopper than torch's own default order, transformers issue
+    before flash (cuDNN is 1.7 to 2.3 times faster on Hopper than torch's own default order, transformers issue
     48163), on the CPU torch's. Raises ValueError when an asked-for backend cannot run, saying why.
     """
     reasons = {
@@ -65,13 +59,13 @@ def choose_attention(name: str, *, device: torch.device, dtype: torch.dtype, hea
     if name != "auto":
         if reasons[name]:
             raise ValueError(f"attention backend {name} cannot run: {reasons[name]}; use auto or another one")
-        return _make(name, device, strict=True)
+        return _make(name, device)
     if device.type == "cuda":
         for candidate in ("fa3", "cudnn", "flash"):
             if not reasons[candidate]:
-                return _make(candidate, device, strict=False)
+                return _make(candidate, device)
             logger.info("attention: %s left out, %s", candidate, reasons[candidate])
-    return _make("sdpa", device, strict=False)
+    return _make("sdpa", device)
 
 
 def _refusal(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -86,23 +80,34 @@ def _refusal(name: str, device: torch.device, dtype: torch.dtype, head_dim: int)
         return f"it needs a head size that is a multiple of 8 up to 256, this is {head_dim}"
     capability = torch.cuda.get_device_capability(device)
     if name == "fa3":
-        if not any(importlib.util.find_spec(module) for module in _FA3_MODULES):
-            return "no FlashAttention-3 package is installed (pip install fa3_fwd)"
+        try:
+            _import_flash_attention_3()
+        except (ImportError, AttributeError) as error:
+            return f"FlashAttention-3 cannot be imported ({error}); pip install fa3_fwd"
         if capability[0] != 9 or dtype != torch.bfloat16:
             return f"it needs bfloat16 on a Hopper GPU (sm_90), this is {dtype} on sm_{capability[0]}{capability[1]}"
     elif capability[0] < 8:
         return f"it needs sm_80 or newer, this is sm_{capability[0]}{capability[1]}"
     elif name == "cudnn" and not torch.backends.cudnn.is_available():
         return "this torch has no cuDNN"
+    return _failure(name, device, dtype, head_dim)
+
+
+def _failure(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """What a small call of the backend says, or None when it runs."""
+    q, k = (torch.randn(1, tokens, 2, head_dim, dtype=dtype, device=device) for tokens in (64, 128))
+    try:
+        _make(name, device)(q, k, k)
+    except RuntimeError as error:
+        return f"a trial call failed: {' '.join(str(error).split())}"
     return None
 
 
-def _make(name: str, device: torch.device, *, strict: bool) -> Attention:
+def _make(name: str, device: torch.device) -> Attention:
     if name == "fa3":
         return Attention(name, *_flash_attention_3())
     if name == "cudnn":
-        preference = [SDPBackend.CUDNN_ATTENTION] if strict else _SDPA_PREFERENCE
-        return Attention(name, _sdpa_with(preference), _cuda_with_lse)
+        return Attention(name, _sdpa_with([SDPBackend.CUDNN_ATTENTION]), _cuda_with_lse)
     if name == "flash":
         return Attention(name, _sdpa_with([SDPBackend.FLASH_ATTENTION]), _cuda_with_lse)
     return Attention(name, _sdpa, _cpu_with_lse if device.type == "cpu" else _cuda_with_lse)
@@ -138,9 +143,16 @@ def _cuda_with_lse(q_BLHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor) -> tuple[Tens
     return out.transpose(1, 2), lse_BHL[..., : q.size(2)].transpose(1, 2)
 
 
+def _import_flash_attention_3() -> Callable[..., object]:
+    """flash_attn_func of the first FA3 package that is there and loads."""
+    names = [name for name in _FA3_MODULES if importlib.util.find_spec(name)]
+    if not names:
+        raise ImportError("no package is installed")
+    return importlib.import_module(names[0]).flash_attn_func
+
+
 def _flash_attention_3() -> tuple[Attend, AttendWithLse]:
-    module_name = next(name for name in _FA3_MODULES if importlib.util.find_spec(name))
-    flash_attn_func = importlib.import_module(module_name).flash_attn_func
+    flash_attn_func = _import_flash_attention_3()
 
     def attend(q_BLHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor) -> Tensor:
         out = flash_attn_func(q_BLHK, k_BMHK, v_BMHK, causal=False)

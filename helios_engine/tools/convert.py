@@ -12,7 +12,7 @@ from torch import Tensor
 
 from helios_engine.config import read_json
 from helios_engine.engine.checkpoint import COMPONENTS, Checkpoint
-from helios_engine.model.weights import check_names, open_safetensors, save_safetensors, shapes_on_disk, weight_files
+from helios_engine.model.weights import open_safetensors, save_safetensors, weight_files
 
 # Converted components, with the parts of a tensor's name that keep it in float32. The VAE stays as it is: 0.5 GB, and
 # its float32 numbers are the reference. Source: HeliosTransformer3DModel._keep_in_fp32_modules.
@@ -33,9 +33,7 @@ def convert_checkpoint(source: str | Path, target: Path, dtype: str, revision: s
     if target.exists():
         raise ValueError(f"{target} exists already; name a new folder")
     checkpoint = Checkpoint.open(source, revision)
-    expected = {name: tuple(slot.shape) for name, slot in _meta_slots(checkpoint).items()}
-    found = shapes_on_disk(weight_files(checkpoint.folder / "transformer"))
-    check_names(expected, found, checkpoint.folder / "transformer")
+    checkpoint.check()
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
@@ -53,13 +51,6 @@ def convert_checkpoint(source: str | Path, target: Path, dtype: str, revision: s
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
-
-
-def _meta_slots(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    from helios_engine.model.transformer import Transformer
-
-    with torch.device("meta"):
-        return Transformer(checkpoint.model, torch.bfloat16).checkpoint_slots()
 
 
 def _convert_component(source: Path, target: Path, dtype: torch.dtype, keep: tuple[str, ...]) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from helios_engine.config import VARIANTS, ModelConfig, VaeConfig
+from helios_engine.config import VARIANTS, ModelConfig, VaeConfig, read_json
 from helios_engine.model.transformer import Transformer, init_random_
 from helios_engine.model.vae import VideoAutoencoder
 from helios_engine.model.weights import save_safetensors
@@ -47,6 +47,7 @@ def _model_config() -> ModelConfig:
     )
 
 
+_MARK = "_helios_engine_toy"  # in model_index.json: this folder may be written over
 _VAE_BASE_DIM = 8
 _TEXT = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
 _PIPELINES: dict[str, dict[str, object]] = {
@@ -80,7 +81,13 @@ _SCHEDULERS: dict[str, dict[str, object]] = {
 
 
 def write_toy_checkpoints(folder: Path, seed: int = 0) -> list[Path]:
-    """Write folder/base, folder/mid and folder/distilled; existing ones are replaced whole. Returns their paths."""
+    """Write folder/base, folder/mid and folder/distilled; returns their paths.
+
+    Older toys are replaced whole. Raises ValueError, having changed nothing, when one of the names is taken by
+    something else.
+    """
+    for variant in VARIANTS:
+        _refuse_to_replace(folder / variant)
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for variant in VARIANTS:
@@ -97,9 +104,18 @@ def write_toy_checkpoints(folder: Path, seed: int = 0) -> list[Path]:
     return paths
 
 
+def _refuse_to_replace(target: Path) -> None:
+    if not target.exists():
+        return
+    index = target / "model_index.json"
+    if not index.is_file() or _MARK not in read_json(index):
+        raise ValueError(f"{target} exists and is no toy checkpoint; name another folder")
+
+
 def _write_checkpoint(folder: Path, variant: str, seed: int) -> None:
     index = {
         **_PIPELINES[variant],
+        _MARK: True,
         "transformer": ["diffusers", "HeliosTransformer3DModel"],
         "vae": ["diffusers", "AutoencoderKLWan"],
         "text_encoder": ["transformers", "UMT5EncoderModel"],
@@ -128,8 +144,7 @@ def _write_json(path: Path, values: dict[str, object]) -> None:
 
 
 def _as_json(config: ModelConfig | VaeConfig) -> dict[str, object]:
-    names = (name for name in config.__slots__ if name != "clip_output")
-    values = {name: getattr(config, name) for name in names}
+    values = {name: getattr(config, name) for name in config.__slots__}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 

@@ -24,16 +24,22 @@ def test_pil_images_equal_diffusers(size: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("kind", ["array", "tensor"])
 def test_float_arrays_equal_diffusers(kind: str) -> None:
-    pixels = np.random.default_rng(0).random((5, 40, 56, 3), dtype=np.float32)
+    pixels = np.random.default_rng(0).random((40, 40, 56, 3), dtype=np.float32)
     clip = pixels if kind == "array" else torch.from_numpy(pixels).permute(0, 3, 1, 2)
     expected = PROCESSOR.preprocess_video(clip, height=64, width=32)
-    torch.testing.assert_close(media.load_video(clip, height=64, width=32), expected)
+    actual = media.load_video(clip, height=64, width=32)
+    torch.testing.assert_close(actual.tail_BCTHW, expected[:, :, -33:])
+    torch.testing.assert_close(actual.first_BCTHW, expected[:, :, :1])
+    assert actual.num_frames == 40
 
 
 def test_pil_clip_equals_diffusers() -> None:
-    clip = [oracle.random_image(i, 72, 104) for i in range(4)]
+    clip = [oracle.random_image(i, 72, 104) for i in range(140)]
     expected = PROCESSOR.preprocess_video(clip, height=64, width=64)
-    assert torch.equal(media.load_video(clip, height=64, width=64), expected)
+    actual = media.load_video(clip, height=64, width=64)
+    assert torch.equal(actual.first_BCTHW, expected[:, :, :1])
+    assert torch.equal(actual.tail_BCTHW, expected[:, :, -99:])
+    assert actual.num_frames == 140
 
 
 def test_uint8_is_read_as_0_to_255() -> None:
@@ -61,7 +67,33 @@ def test_video_files_are_read(tmp_path) -> None:
     frames = np.stack([np.full((64, 64, 3), 4 * i, np.uint8) for i in range(40)])
     with open_writer(tmp_path / "clip.mp4", fps=24) as writer:
         writer.write(VideoChunk(0, frames, torch.zeros(1, 16, 9, 8, 8), ChunkTiming(0, 0)))
-    pixels = media.load_video(tmp_path / "clip.mp4", height=64, width=64)
-    assert pixels.shape == (1, 3, 40, 64, 64)
-    expected = torch.arange(40) * 4 / 127.5 - 1
+    clip = media.load_video(tmp_path / "clip.mp4", height=64, width=64)
+    assert clip.num_frames == 40
+    pixels = torch.cat([clip.first_BCTHW, clip.tail_BCTHW], dim=2)
+    expected = torch.tensor([0, *range(7, 40)]) * 4 / 127.5 - 1
     torch.testing.assert_close(pixels.mean((0, 1, 3, 4)), expected, rtol=0, atol=0.03)
+
+
+def test_a_camera_picture_is_turned_the_right_way_up(tmp_path) -> None:
+    upright = oracle.random_image(3, 64, 96)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the sensor was turned: show it rotated by 90 degrees clockwise
+    upright.rotate(90, expand=True).save(tmp_path / "phone.png", exif=exif)
+    expected = media.load_image(upright, height=64, width=96)
+    assert torch.equal(media.load_image(tmp_path / "phone.png", height=64, width=96), expected)
+
+
+def test_a_long_clip_is_never_held_whole() -> None:
+    class Frames(list):
+        """Hands out frames one at a time and counts how many are alive."""
+
+        def __len__(self) -> int:
+            return 1000
+
+        def __iter__(self):
+            return (np.full((64, 64, 3), index % 256, np.uint8) for index in range(1000))
+
+    clip = media.load_video(Frames(), height=64, width=64)
+    assert clip.num_frames == 1000
+    assert clip.tail_BCTHW.size(2) == 99
+    assert clip.tail_BCTHW[0, 0, -1, 0, 0].item() == pytest.approx((999 % 256) / 127.5 - 1)

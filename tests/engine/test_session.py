@@ -119,6 +119,95 @@ def test_state_keeps_given_noise_and_image(engines) -> None:
     assert torch.equal(torch.cat([first.latents, *(c.latents for c in rest)], dim=2), expected)
 
 
+def _interrupt(kind: str, session) -> None:
+    """Break off the session's current chunk in one of the ways a chunk can break off."""
+    from unittest import mock
+
+    if kind == "cancel":
+        session.on_step = lambda *_: session.cancel()
+        assert session.next_chunk() is None
+    elif kind == "callback":
+
+        def fail(*_: object) -> None:
+            raise RuntimeError("stop here")
+
+        session.on_step = fail
+        with pytest.raises(RuntimeError, match="stop here"):
+            session.next_chunk()
+    else:
+        frames = session._engine._frames
+        with (
+            mock.patch.object(frames, "decode", side_effect=RuntimeError("out of memory")),
+            pytest.raises(RuntimeError, match="out of memory"),
+        ):
+            session.next_chunk()
+    session.on_step = None
+
+
+@pytest.mark.parametrize("kind", ["cancel", "callback", "decode"])
+def test_a_chunk_that_broke_off_was_never_begun(engines, kind: str) -> None:
+    engine = engines("mid")
+    request = _request(num_frames=99, steps=1)
+    expected = engine.generate(request)
+    session = engine.open(request)
+    chunks = [session.next_chunk()]
+    _interrupt(kind, session)
+    assert session.index == 1
+    going_on = engine.restore(session.state()) if kind == "cancel" else session
+    chunks += list(iter(going_on.next_chunk, None))
+    assert torch.equal(torch.cat([c.latents for c in chunks], dim=2), expected.latents)
+    assert np.array_equal(np.concatenate([c.frames for c in chunks]), expected.frames)
+
+
+def test_a_session_does_not_keep_its_sources(engines) -> None:
+    import weakref
+
+    clip = torch.rand(40, 3, 64, 64)
+    alive = weakref.ref(clip)
+    session = engines("distilled").open(_request(video=clip))
+    del clip
+    gc.collect()
+    assert alive() is None
+    assert session.next_chunk() is not None
+
+
+def test_a_restored_state_keeps_the_prompt_and_can_be_taken_again(engines) -> None:
+    engine = engines("distilled")
+    session = engine.open(_request())
+    session.next_chunk()
+    again = engine.restore(engine.restore(session.state()).state())
+    assert again.settings["prompt"] == "A red fox"
+    assert torch.equal(again.next_chunk().latents, session.next_chunk().latents)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"history": torch.zeros(1, 16, 7, 8, 8)}, "history .* does not fit"),
+        ({"anchor": torch.zeros(1, 16, 2, 8, 8)}, "anchor .* does not fit"),
+        ({"noise": torch.zeros(3, dtype=torch.uint8)}, "noise generator is damaged"),
+        ({"index": -1}, "chunk index -1 lies outside"),
+        ({"index": 99}, "chunk index 99 lies outside"),
+        ({"request": {"colour": 3}}, "unknown request field colour"),
+        ({"negative": torch.zeros(1, 16, 64)}, "a negative prompt has no effect"),
+    ],
+)
+def test_a_damaged_state_is_refused(engines, changes: dict, message: str) -> None:
+    from dataclasses import replace
+
+    engine = engines("distilled")
+    state = engine.open(_request()).state()
+    if "request" in changes:
+        changes = {"request": {**state.request, **changes["request"]}}
+    with pytest.raises(ValueError, match=message):
+        engine.restore(replace(state, **changes))
+
+
+def test_batch_chunks_do_not_share_memory(engines) -> None:
+    chunks = next(engines("distilled").stream_batch([_request(seed=seed) for seed in (1, 2)]))
+    assert all(c.latents.untyped_storage().nbytes() == c.latents.nbytes for c in chunks)
+
+
 def test_state_is_small(engines) -> None:
     state = engines("base").open(_request()).state()
     size = sum(t.nbytes for t in (state.history, state.noise, state.positive, state.negative) if t is not None)
@@ -151,7 +240,7 @@ def test_cancel_stops_within_one_step(engines) -> None:
     session = engine.open(_request(steps=10), on_step)
     assert session.next_chunk() is None
     assert steps == [0, 1, 2]
-    assert session.is_cancelled
+    assert session.is_finished
     assert session.next_chunk() is None
 
 

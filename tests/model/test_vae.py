@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from helios_engine.config import VaeConfig
-from helios_engine.model.vae import VideoAutoencoder, to_uint8, to_unit_range
+from helios_engine.model.vae import CausalConv3d, VideoAutoencoder, to_uint8, to_unit_range
 from tests.helpers import oracle
 
 # float32 through about thirty convolutions, outputs in [-1, 1].
@@ -64,6 +64,26 @@ def test_encode_equals_diffusers(frames: int) -> None:
     mean, std = ours.encode(pixels)
     torch.testing.assert_close(mean, expected.mean, rtol=0, atol=TOLERANCE)
     torch.testing.assert_close(std, expected.std, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("frames_per_call", [1, 3, 8])
+def test_encode_in_pieces_equals_encode_at_once(frames_per_call: int) -> None:
+    _, ours = _pair(2)
+    pixels = torch.rand(1, 3, 33, 48, 64) * 2 - 1
+    for whole, split in zip(ours.encode(pixels), ours.encode(pixels, frames_per_call=frames_per_call), strict=True):
+        torch.testing.assert_close(split, whole, rtol=0, atol=TOLERANCE)
+
+
+def test_activations_stay_channels_last() -> None:
+    _, ours = _pair(0)
+    layouts = []
+    for layer in ours.decoder.modules():
+        if isinstance(layer, CausalConv3d) and layer.num_past:
+            layer.register_forward_hook(
+                lambda _, args, __: layouts.append(args[0].is_contiguous(memory_format=torch.channels_last_3d))
+            )
+    ours.decode(torch.randn(1, 4, 9, 4, 4))
+    assert sum(layouts) >= 0.9 * len(layouts)
 
 
 def test_chunks_share_nothing() -> None:

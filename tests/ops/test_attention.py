@@ -41,6 +41,7 @@ def test_a_named_backend_that_cannot_run_is_refused(name: str) -> None:
 
 
 def _pretend_gpu(monkeypatch, capability: tuple[int, int], modules: tuple[str, ...]) -> None:
+    monkeypatch.setattr(attention, "_failure", lambda *_: None)  # the trial call needs a real GPU
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: name if name in modules else None)
@@ -91,3 +92,25 @@ def test_refusal_names_the_missing_package(monkeypatch) -> None:
     _pretend_gpu(monkeypatch, (9, 0), ())
     with pytest.raises(ValueError, match="pip install fa3_fwd"):
         attention.choose_attention("fa3", device=torch.device("cuda"), dtype=torch.bfloat16, head_dim=128)
+
+
+def test_a_package_that_does_not_load_is_left_out(monkeypatch) -> None:
+    _pretend_gpu(monkeypatch, (9, 0), ("fa3_fwd_interface",))
+
+    def broken(name: str):
+        raise ImportError("undefined symbol")
+
+    monkeypatch.setattr(attention.importlib, "import_module", broken)
+    gpu = {"device": torch.device("cuda"), "dtype": torch.bfloat16, "head_dim": 128}
+    assert attention.choose_attention("auto", **gpu).backend == "cudnn"
+    with pytest.raises(ValueError, match="cannot be imported .undefined symbol."):
+        attention.choose_attention("fa3", **gpu)
+
+
+def test_a_backend_whose_trial_call_fails_is_left_out(monkeypatch) -> None:
+    _pretend_gpu(monkeypatch, (9, 0), ())
+    monkeypatch.setattr(attention, "_failure", lambda name, *_: "a trial call failed: no" if name == "cudnn" else None)
+    gpu = {"device": torch.device("cuda"), "dtype": torch.bfloat16, "head_dim": 128}
+    assert attention.choose_attention("auto", **gpu).backend == "flash"
+    with pytest.raises(ValueError, match="trial call failed"):
+        attention.choose_attention("cudnn", **gpu)

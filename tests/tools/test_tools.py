@@ -49,11 +49,20 @@ def test_toy_is_small_and_the_same_every_time(toy: Path, tmp_path: Path) -> None
 
 
 def test_toy_replaces_an_older_one(tmp_path: Path) -> None:
-    (tmp_path / "base").mkdir()
+    write_toy_checkpoints(tmp_path)
     (tmp_path / "base" / "left_over").touch()
     write_toy_checkpoints(tmp_path)
     assert not (tmp_path / "base" / "left_over").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"base", "mid", "distilled"}
+
+
+@pytest.mark.parametrize("content", ["weights.bin", "model_index.json"])
+def test_toy_never_replaces_anything_else(tmp_path: Path, content: str) -> None:
+    (tmp_path / "mid").mkdir()
+    (tmp_path / "mid" / content).write_text('{"_class_name": "HeliosPyramidPipeline"}')
+    with pytest.raises(ValueError, match="is no toy checkpoint"):
+        write_toy_checkpoints(tmp_path)
+    assert [path.name for path in tmp_path.rglob("*")] == ["mid", content]
 
 
 def test_convert_halves_and_keeps_numbers(toy: Path, tmp_path: Path) -> None:
@@ -129,6 +138,19 @@ def test_an_older_output_table_name_loads(toy: Path, tmp_path: Path, engines) ->
     request = VideoRequest(**TINY)
     engine = Engine.load(folder, EngineConfig(device="cpu", dtype="float32"))
     assert torch.equal(engine.generate(request).latents, engines("distilled").generate(request).latents)
+    convert_checkpoint(folder, tmp_path / "bf16", "bfloat16")
+    Checkpoint.open(tmp_path / "bf16").check()
+
+
+def test_network_errors_of_the_hub_are_value_errors() -> None:
+    from huggingface_hub.errors import HfHubHTTPError
+
+    transport_error = next(base for base in HfHubHTTPError.__bases__ if base is not OSError)
+    with (
+        mock.patch("huggingface_hub.snapshot_download", side_effect=transport_error("proxy says no")),
+        pytest.raises(ValueError, match="cannot be fetched from the hub: proxy says no"),
+    ):
+        Checkpoint.open("owner/name")
 
 
 def test_a_hub_id_fetches_the_inference_folders_alone(toy: Path) -> None:
