@@ -5,11 +5,13 @@ from helios_engine.engine.engine import Engine
 from helios_engine.engine.session import VideoSession, VideoStream
 from helios_engine.engine.state import SessionState
 from helios_engine.output import Video
+from helios_engine.parallel.context import ContextParallel
 from helios_engine.request import VideoChunk, VideoRequest
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ContextParallel",
     "Engine",
     "EngineConfig",
     "SessionState",

@@ -15,10 +15,16 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from helios_engine.config import EngineConfig
+from helios_engine.config import EngineConfig, ParallelConfig
+from helios_engine.parallel import launch
 from helios_engine.request import VideoRequest
+
+if TYPE_CHECKING:
+    from helios_engine.engine.checkpoint import Checkpoint
+    from helios_engine.engine.plan import Plan
+    from helios_engine.parallel.context import ContextParallel, Degrees
 
 PROGRAM = "helios-engine"
 BAD_INPUT = 2
@@ -34,6 +40,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _complain(message: str) -> None:
+    if not launch.is_first_rank():  # all ranks find the same fault; one says it
+        return
     print(f"{PROGRAM}: error: {' '.join(message.split())}", file=sys.stderr)
 
 
@@ -41,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     try:
         options = _parser().parse_args(arguments)
+        options.arguments = sys.argv[1:] if arguments is None else list(arguments)
     except SystemExit as stop:
         return int(stop.code or 0)
     if threading.current_thread() is threading.main_thread():
@@ -72,8 +81,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--dry-run", action="store_true", help="check everything and print what would be computed")
     generate.add_argument("--quiet", action="store_true", help="no progress bar")
+    generate.add_argument(
+        "--num-gpus", type=int, default=1, metavar="N", help="start N ranks on this machine (default: 1)"
+    )
     _add_fields(generate, VideoRequest, "video")
     _add_fields(generate, EngineConfig, "engine")
+    _add_fields(generate, ParallelConfig, "several ranks")
 
     convert = _command(commands, "convert", _convert, "copy a checkpoint in a smaller dtype")
     convert.add_argument("source", metavar="SRC", help="folder or hub id")
@@ -169,20 +182,51 @@ def _collect(options: argparse.Namespace, cls: type) -> dict[str, object]:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from helios_engine.output import check_output, open_writer, video_metadata
+    from helios_engine.engine.engine import resolve_device
+    from helios_engine.output import check_output
 
     request = VideoRequest(**_collect(options, VideoRequest))
     config = EngineConfig(**_collect(options, EngineConfig))
     check_output(options.output, options.encoder, height=request.height, width=request.width)
     if request.num_frames is None and options.output.endswith(".safetensors"):
         raise ValueError("an endless video's latents cannot be held for one .safetensors file; use .mp4 or .npy")
+    parallel = ParallelConfig(**_collect(options, ParallelConfig))
+    if options.num_gpus < 1:
+        raise ValueError(f"num-gpus must be at least 1, got {options.num_gpus}")
+    checkpoint, plan = _plan(options.model, request, config)
+    num_ranks = max(options.num_gpus, launch.world_size())
+    degrees = launch.choose_degrees(parallel, num_ranks, guided=plan.is_guided)
+    if degrees.cfg > 1 and not plan.is_guided:
+        raise ValueError("cfg-degree 2 needs a guidance scale above 1")
     if options.dry_run:
-        return _dry_run(options.model, request, config)
+        return _dry_run(checkpoint, plan, request, config, degrees)
+    if options.num_gpus > 1 and launch.world_size() == 1:
+        if resolve_device(config.device).type == "cuda":
+            launch.check_gpus(options.num_gpus)
+        return launch.start_ranks(options.num_gpus, options.arguments)
+    config = dataclasses.replace(config, device=launch.own_device(config.device))
+    try:
+        context = launch.from_torchrun(parallel, device=config.device, guided=plan.is_guided)
+        return _write_video(options, request, config, context)
+    finally:
+        launch.stop()
 
+
+def _write_video(
+    options: argparse.Namespace, request: VideoRequest, config: EngineConfig, context: ContextParallel
+) -> int:
+    """Load, generate, and on rank 0 write the file."""
     from helios_engine.engine.engine import Engine
+    from helios_engine.output import open_writer, video_metadata
 
-    engine = Engine.load(options.model, config)
-    with engine.stream(request, progress=not options.quiet) as stream:
+    engine = Engine.load(options.model, config, context)
+    if context.size > 1 and context.is_first and not options.quiet:
+        print(context.describe(), file=sys.stderr)
+    with engine.stream(request, progress=context.is_first and not options.quiet) as stream:
+        if not context.is_first:
+            for _ in stream:
+                pass
+            return 0
         metadata = video_metadata(request, engine.describe(stream.session.plan))
         writer = open_writer(options.output, fps=request.fps, metadata=metadata, encoder=options.encoder)
         # Stopping an endless video by hand is its normal end, so its file is kept.
@@ -194,11 +238,10 @@ def _generate(options: argparse.Namespace) -> int:
     return 0
 
 
-def _dry_run(model: str, request: VideoRequest, config: EngineConfig) -> int:
+def _plan(model: str, request: VideoRequest, config: EngineConfig) -> tuple[Checkpoint, Plan]:
+    """The checkpoint's configuration and what the request makes of it; inputs are read once to see that they can be."""
     from helios_engine.engine import conditioning
     from helios_engine.engine.checkpoint import Checkpoint
-    from helios_engine.engine.engine import resolve_device, resolve_dtype
-    from helios_engine.engine.memory import estimate_memory
     from helios_engine.engine.plan import make_plan
 
     checkpoint = Checkpoint.open(model, config.revision)
@@ -210,6 +253,13 @@ def _dry_run(model: str, request: VideoRequest, config: EngineConfig) -> int:
         has_text_encoder=checkpoint.has_text_encoder,
     )
     conditioning.load_pixels(request)
+    return checkpoint, plan
+
+
+def _dry_run(checkpoint: Checkpoint, plan: Plan, request: VideoRequest, config: EngineConfig, degrees: Degrees) -> int:
+    from helios_engine.engine.engine import resolve_device, resolve_dtype
+    from helios_engine.engine.memory import estimate_memory
+
     memory = estimate_memory(checkpoint, plan, config, request.max_sequence_length)
     recipe = plan.recipe
     chunks = "endless" if plan.num_chunks is None else f"{plan.num_chunks} chunks of 33"
@@ -235,6 +285,8 @@ def _dry_run(model: str, request: VideoRequest, config: EngineConfig) -> int:
     print(f"forwards    {forwards[0]} in the first chunk, {forwards[1]} in each later one")
     for size, tokens in zip(plan.stage_sizes, plan.tokens_per_stage, strict=True):
         print(f"stage       latents 9x{size[0]}x{size[1]}, {tokens} noisy + {plan.history_tokens} history tokens")
+    if degrees.num_ranks > 1:
+        print(f"ranks       {degrees.num_ranks}: {degrees.describe()}")
     print(
         f"memory      about {memory.peak / 1e9:.2f} GB: transformer {memory.transformer / 1e9:.2f}, text encoder "
         f"{memory.text_encoder / 1e9:.2f}, VAE {memory.vae / 1e9:.2f}, prompt {memory.text_keys_values / 1e9:.2f}, "

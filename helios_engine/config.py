@@ -357,6 +357,22 @@ class Recipe:
 
 
 @dataclass(frozen=True, slots=True)
+class ParallelConfig:
+    """How several ranks share the work; None leaves a degree to the documented rule."""
+
+    ulysses_degree: int | None = field(
+        default=None, metadata={"help": "ranks that share out heads; all that are left, by default"}
+    )
+    ring_degree: int | None = field(
+        default=None, metadata={"help": "ranks that pass keys and values round; 1 by default"}
+    )
+    cfg_degree: int | None = field(
+        default=None,
+        metadata={"help": "2 computes the two guidance branches on two halves of the ranks; default where it divides"},
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class EngineConfig:
     """Settings fixed for the life of an engine. The command line's flags are these fields."""
 

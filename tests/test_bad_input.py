@@ -254,9 +254,32 @@ OUTPUTS = {
 }
 
 
+RANKS = {
+    "no ranks": (["--num-gpus", "0"], "num-gpus must be at least 1"),
+    "degrees do not fit": (["--num-gpus", "4", "--ulysses-degree", "3"], "is 3 ranks, but 4 were started"),
+    "degrees without ranks": (["--ring-degree", "2"], "is 2 ranks, but 1 were started"),
+    "degree zero": (["--num-gpus", "2", "--ulysses-degree", "0"], "ulysses degree must be"),
+    "three branches": (["--num-gpus", "3", "--cfg-degree", "3"], "cfg degree must be 1 or 2"),
+    "branches without guidance": (["--num-gpus", "2", "--cfg-degree", "2"], "needs a guidance scale above 1"),
+}
+
+
+@pytest.mark.parametrize("name", RANKS)
+def test_bad_ranks(name: str, toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:
+    from helios_engine.parallel import launch
+
+    monkeypatch.setattr(launch, "start_ranks", lambda *_: pytest.fail("ranks were started"))
+    flags, message = RANKS[name]
+    arguments = ["generate", "--model", str(toy / "distilled"), "--prompt", "x", "--output", str(tmp_path / "out.npy")]
+    assert main([*arguments, *flags]) == 2
+    assert message in _assert_one_line(capsys, tmp_path, set())
+
+
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_bad_output(name: str, toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     pytest.importorskip("av")
+    if name == "encoder without hardware" and torch.cuda.is_available():
+        pytest.skip("this machine has the hardware")
     target, flags, message = OUTPUTS[name]
     (tmp_path / "folder.mp4").mkdir()
     (tmp_path / "file").touch()

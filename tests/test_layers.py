@@ -21,8 +21,8 @@ ALLOWED = {
     "output": {"request", "model", "trace"},
     "engine": {"config", "ops", "parallel", "model", "sampling", "request", "output", "trace", "__init__"},
     "tools": {"config", "ops", "parallel", "model", "sampling", "request", "output", "engine", "trace", "__init__"},
-    "cli": {"config", "request", "output", "engine", "tools"},
-    "__init__": {"config", "request", "output", "engine"},
+    "cli": {"config", "parallel", "request", "output", "engine", "tools"},
+    "__init__": {"config", "parallel", "request", "output", "engine"},
 }
 # Loaded where they are used, never by `import helios_engine`.
 LAZY = ("av", "ftfy", "PIL", "transformers", "huggingface_hub", "tqdm", "yaml", "nvtx", "diffusers", "pybind11")
@@ -63,10 +63,11 @@ def test_each_layer_imports_only_what_lies_below() -> None:
 
 def test_cuda_is_named_only_where_devices_are_handled() -> None:
     allowed = {"ops", "engine", "tools"}
+    launch = PACKAGE / "parallel" / "launch.py"
     wrong = [
         str(path.relative_to(PACKAGE))
         for path in PACKAGE.rglob("*.py")
-        if "torch.cuda" in path.read_text() and _layer(path) not in allowed
+        if "torch.cuda" in path.read_text() and _layer(path) not in allowed and path != launch
     ]
     assert not wrong, wrong
 

@@ -277,7 +277,7 @@ def request_arguments(case: Case) -> dict[str, object]:
         "seed": case.seed,
         "steps": case.steps,
         "max_sequence_length": 24,
-        "skip_first_chunk": case.skip_first_chunk,
+        "skip_first_chunk": case.skip_first_chunk and case.num_chunks > 1,  # no effect otherwise, and refused
         "frames": "float32",
         **conditioning(case),
     }

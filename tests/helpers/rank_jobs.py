@@ -7,6 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
+from helios_engine import Engine, EngineConfig, VideoRequest
 from helios_engine.config import ModelConfig
 from helios_engine.model.embed import HistoryWindow
 from helios_engine.model.transformer import Transformer, init_random_
@@ -108,3 +109,43 @@ def forward(
 
 def word(parallel: ContextParallel, *, values: list[int]) -> int:
     return parallel.word(values[parallel.rank])
+
+
+@functools.lru_cache(maxsize=2)
+def engine(folder: str, parallel: ContextParallel) -> Engine:
+    return Engine.load(folder, EngineConfig(device="cpu", dtype="float32"), parallel)
+
+
+def generate(parallel: ContextParallel, *, folder: str, arguments: dict) -> tuple[Tensor, object]:
+    """A whole video: latents, and frames on rank 0."""
+    video = engine(folder, parallel).generate(VideoRequest(**arguments))
+    return video.latents, video.frames
+
+
+def stop_early(parallel: ContextParallel, *, folder: str, arguments: dict, how: str) -> tuple[int, int]:
+    """(chunks made, steps taken) when rank 0 alone ends an endless video in the way named."""
+    steps = []
+
+    def on_step(*_: object) -> None:
+        steps.append(1)
+        if how == "cancel" and parallel.is_first and len(steps) == 8:
+            session.cancel()
+
+    session = engine(folder, parallel).open(VideoRequest(**arguments), on_step)
+    chunks = 0
+    while session.next_chunk() is not None:
+        chunks += 1
+        if how == "close" and parallel.is_first and chunks == 2:
+            break  # the other ranks are on their way into the next chunk
+    session.close()
+    session.close()
+    return chunks, len(steps)
+
+
+def refuse(parallel: ContextParallel, *, folder: str, arguments: dict) -> str:
+    """What a request that does not fit the ranks says."""
+    try:
+        engine(folder, parallel).open(VideoRequest(**arguments))
+    except ValueError as error:
+        return str(error)
+    return ""

@@ -1,0 +1,99 @@
+"""Whole videos on several ranks against Diffusers, and ending them from rank 0."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from helios_engine.cli import main
+from tests.helpers import oracle
+
+TOLERANCE = 1e-4
+SCHEMES = {2: (2, 1, 1), 3: (3, 1, 1), 4: (2, 2, 1)}
+SMALL = {"prompt": "A red fox", "height": 64, "width": 64, "max_sequence_length": 16}
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    """(checkpoint folder, reference result, request) of a case; the reference runs once."""
+
+    @functools.cache
+    def get(variant: str, task: str):
+        case = oracle.random_case(variant, task, 20)
+        pipe = oracle.pipeline(case)
+        folder = oracle.save(pipe, tmp_path_factory.mktemp("ranks"))
+        return str(folder), oracle.run(pipe, case), oracle.request_arguments(case)
+
+    return get
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+@pytest.mark.parametrize("task", ["t2v", "i2v", "v2v"])
+@pytest.mark.parametrize("variant", ["base", "mid", "distilled"])
+def test_videos_on_ranks_equal_diffusers(ranks, expected, variant: str, task: str, num_ranks: int) -> None:
+    folder, reference, arguments = expected(variant, task)
+    degrees = SCHEMES[num_ranks]
+    if num_ranks == 4 and arguments["guidance_scale"] > 1:
+        degrees = (2, 1, 2)
+    results = ranks.run("generate", degrees, folder=folder, arguments=arguments)
+    for rank, (latents, frames) in enumerate(results):
+        assert (latents - reference.latents).abs().max() <= TOLERANCE
+        assert torch.equal(latents, results[0][0]), "all ranks hold the same latents"
+        assert (frames is None) == (rank > 0)
+    assert np.abs(results[0][1] - reference.frames).max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("degrees", [(2, 1, 1), (2, 2, 1), (1, 1, 2)], ids=str)
+def test_rank_0_cancels_all_within_a_step(ranks, toy, degrees) -> None:
+    arguments = {**SMALL, "num_frames": None, "steps": 6}
+    results = ranks.run("stop_early", degrees, folder=str(toy / "base"), arguments=arguments, how="cancel")
+    assert results == [(1, 8)] * len(results)
+
+
+@pytest.mark.parametrize("degrees", [(2, 1, 1), (3, 1, 1)], ids=str)
+def test_rank_0_leaves_the_loop_and_no_rank_is_stuck(ranks, toy, degrees) -> None:
+    arguments = {**SMALL, "num_frames": None, "steps": 2}
+    results = ranks.run("stop_early", degrees, folder=str(toy / "base"), arguments=arguments, how="close")
+    assert results == [(2, 4)] * len(results)
+
+
+def test_two_branches_without_guidance_are_refused_on_every_rank(ranks, toy) -> None:
+    results = ranks.run("refuse", (1, 1, 2), folder=str(toy / "distilled"), arguments={**SMALL, "num_frames": 33})
+    assert all("use cfg degree 1" in text for text in results)
+
+
+def test_the_command_line_starts_its_own_ranks(toy, tmp_path: Path, capfd) -> None:
+    common = [
+        "--model",
+        str(toy / "mid"),
+        "--prompt",
+        "A red fox",
+        "--height",
+        "64",
+        "--width",
+        "64",
+        "--steps",
+        "3,1,1",
+    ]
+    common = ["generate", *common, "--num-frames", "40", "--device", "cpu"]
+    assert main([*common, "--output", str(tmp_path / "one.npy"), "--quiet"]) == 0
+    assert main([*common, "--output", str(tmp_path / "four.npy"), "--num-gpus", "4"]) == 0
+    captured = capfd.readouterr()
+    assert "4 ranks, ulysses 2 x ring 1 x cfg 2" in captured.err
+    assert captured.err.count("4 ranks") == 1, "rank 0 alone speaks"
+    one, four = (np.load(tmp_path / f"{name}.npy").astype(int) for name in ("one", "four"))
+    assert one.shape == four.shape == (40, 64, 64, 3)
+    assert np.abs(one - four).max() <= 1
+
+
+def test_ranks_import_no_oracle() -> None:
+    import subprocess
+
+    code = "import sys, tests.helpers.rank_jobs; print('diffusers' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"
