@@ -68,7 +68,8 @@ def _check_types(config: object) -> None:
     """Refuse values of another type than the field's; JSON knows numbers, strings, booleans and lists of them."""
     for name, hint in typing.get_type_hints(type(config)).items():
         value = getattr(config, name)
-        options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+        options = typing.get_args(hint) if is_union else (hint,)
         if not any(_has_type(value, option) for option in options):
             raise ValueError(f"{name} must be {_described(hint)}, got {value!r}")
 

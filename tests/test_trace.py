@@ -60,8 +60,9 @@ def test_ranges_close_on_errors(recorder: _Recorder) -> None:
 
 def test_the_real_package_works() -> None:
     trace._range.cache_clear()
-    with trace.span("chunk"):
-        pass
+    with trace.span("chunk") as entered:
+        assert entered is None
+    assert isinstance(trace.span("chunk"), trace._Range)
 
 
 def test_one_switch_turns_them_off() -> None:

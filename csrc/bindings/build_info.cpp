@@ -1,4 +1,5 @@
-// What this build is: compiler, flags and the instruction sets it may use. Nothing else depends on it.
+// What this build is: compiler, flags and the instruction sets it may use. Nothing else depends on
+// it.
 
 #include <pybind11/pybind11.h>
 
@@ -35,5 +36,6 @@ PYBIND11_MODULE(_build_info, module) {
   module.doc() = "Build facts of helios_engine's compiled parts.";
   module.def("compiler", &compiler);
   module.def("cxx_flags", [] { return std::string(HELIOS_CXX_FLAGS); });
-  module.def("cpu_capability", &cpu_capability, "Best instruction set this CPU has: avx512, avx2 or default.");
+  module.def("cpu_capability", &cpu_capability,
+             "Best instruction set this CPU has: avx512, avx2 or default.");
 }

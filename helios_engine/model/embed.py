@@ -102,7 +102,7 @@ class Embedder(nn.Module):
         half = self.freq_dim // 2
         device = self.time_in.weight.device
         frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=device) / half)
-        angles = torch.tensor(timestep, dtype=torch.float32, device=device) * frequencies
+        angles = frequencies * timestep
         hidden = F.silu(self.time_in(torch.cat([angles.cos(), angles.sin()])))
         embedding_D = self.time_out(hidden).to(self.time_rows.weight.dtype)
         return TimeRows(embedding_D, self.time_rows(F.silu(embedding_D)).unflatten(0, (6, -1)))
