@@ -54,12 +54,6 @@ class NinjaBuild(build_ext):
             except (RuntimeError, OSError, ImportError) as error:
                 print(f"warning: {error}", file=sys.stderr)
                 self.extensions = [other for other in self.extensions if other is not extension]
-        if self.inplace:
-            self.copy_extensions_to_source()
-
-    def copy_extensions_to_source(self) -> None:
-        # get_ext_fullpath already points into the source tree for an in-place build.
-        return
 
 
 setup(ext_modules=[BUILD_INFO], cmdclass={"build_ext": NinjaBuild})
