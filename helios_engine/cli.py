@@ -6,25 +6,21 @@ Bad input ends with one line on standard error and exit code 2.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import logging
+import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from helios_engine.config import EngineConfig, ParallelConfig
 from helios_engine.parallel import launch
+from helios_engine.parallel.watch import RankFailure
 from helios_engine.request import VideoRequest
-
-if TYPE_CHECKING:
-    from helios_engine.engine.checkpoint import Checkpoint
-    from helios_engine.engine.plan import Plan
-    from helios_engine.parallel.context import ContextParallel, Degrees
 
 PROGRAM = "helios-engine"
 BAD_INPUT = 2
@@ -35,38 +31,55 @@ class _Parser(argparse.ArgumentParser):
     """Reports a bad flag as one line."""
 
     def error(self, message: str) -> NoReturn:
-        _complain(f"{message}; see {self.prog} --help")
-        raise SystemExit(BAD_INPUT)
+        raise ValueError(f"{message}; see {self.prog} --help")
 
 
-def _complain(message: str) -> None:
-    if not launch.is_first_rank():  # all ranks find the same fault; one says it
+def _complain(message: str, speaker: int = 0) -> None:
+    if launch.own_rank() != speaker:  # all ranks know of the fault; one says it
         return
     print(f"{PROGRAM}: error: {' '.join(message.split())}", file=sys.stderr)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    try:
-        options = _parser().parse_args(arguments)
-        options.arguments = sys.argv[1:] if arguments is None else list(arguments)
-    except SystemExit as stop:
-        return int(stop.code or 0)
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
     if threading.current_thread() is threading.main_thread():
         # A polite kill ends like Ctrl-C, so that no temporary file stays behind.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-    logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")
+    meeting = launch.Meeting()
     try:
-        return options.run(options)
+        options = meeting.agreed(lambda: _parse(arguments), _facts)
+        logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")
+        return options.run(options, meeting)
+    except SystemExit as stop:  # --help
+        return int(stop.code or 0)
     except ValueError as error:
         _complain(str(error))
         return BAD_INPUT
+    except RankFailure as failure:
+        _complain(str(failure), speaker=0 if failure.rank else 1)
+        # A normal exit would wait for exchanges with a rank that is frozen or unreachable.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
     except OSError as error:
         _complain(str(error))
         return 1
     except KeyboardInterrupt:
         _complain("stopped")
         return INTERRUPTED
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    options = _parser().parse_args(arguments)
+    options.arguments = arguments
+    return options
+
+
+def _facts(options: argparse.Namespace) -> dict[str, str]:
+    """What all ranks must have been told alike."""
+    given = {name: value for name, value in vars(options).items() if name not in ("run", "arguments")}
+    return {name.replace("_", "-"): str(value) for name, value in given.items()}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -83,6 +96,12 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--quiet", action="store_true", help="no progress bar")
     generate.add_argument(
         "--num-gpus", type=int, default=1, metavar="N", help="start N ranks on this machine (default: 1)"
+    )
+    generate.add_argument(
+        "--checkpoint-dir", metavar="DIR", help="keep every finished chunk and the session's state in this folder"
+    )
+    generate.add_argument(
+        "--resume", action="store_true", help="go on where the run in --checkpoint-dir stood, if there is one"
     )
     _add_fields(generate, VideoRequest, "video")
     _add_fields(generate, EngineConfig, "engine")
@@ -110,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _command(
-    commands: argparse._SubParsersAction, name: str, run: Callable[[argparse.Namespace], int], text: str
+    commands: argparse._SubParsersAction, name: str, run: Callable[[argparse.Namespace, launch.Meeting], int], text: str
 ) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
     parser.add_argument("--verbose", action="store_true", help="say what is chosen and why")
@@ -176,126 +195,13 @@ _steps.__name__ = "list of whole numbers"
 _num_frames.__name__ = "number of frames"
 
 
-def _collect(options: argparse.Namespace, cls: type) -> dict[str, object]:
-    names = {f.name for f in dataclasses.fields(cls)}
-    return {name: value for name, value in vars(options).items() if name in names}
+def _generate(options: argparse.Namespace, meeting: launch.Meeting) -> int:
+    from helios_engine.tools.generate import generate
+
+    return generate(options, meeting)
 
 
-def _generate(options: argparse.Namespace) -> int:
-    from helios_engine.engine.engine import resolve_device
-    from helios_engine.output import check_output
-
-    request = VideoRequest(**_collect(options, VideoRequest))
-    config = EngineConfig(**_collect(options, EngineConfig))
-    check_output(options.output, options.encoder, height=request.height, width=request.width)
-    if request.num_frames is None and options.output.endswith(".safetensors"):
-        raise ValueError("an endless video's latents cannot be held for one .safetensors file; use .mp4 or .npy")
-    parallel = ParallelConfig(**_collect(options, ParallelConfig))
-    if options.num_gpus < 1:
-        raise ValueError(f"num-gpus must be at least 1, got {options.num_gpus}")
-    checkpoint, plan = _plan(options.model, request, config)
-    num_ranks = max(options.num_gpus, launch.world_size())
-    degrees = launch.choose_degrees(parallel, num_ranks, guided=plan.is_guided)
-    if degrees.cfg > 1 and not plan.is_guided:
-        raise ValueError("cfg-degree 2 needs a guidance scale above 1")
-    if options.dry_run:
-        return _dry_run(checkpoint, plan, request, config, degrees)
-    if options.num_gpus > 1 and launch.world_size() == 1:
-        if resolve_device(config.device).type == "cuda":
-            launch.check_gpus(options.num_gpus)
-        return launch.start_ranks(options.num_gpus, options.arguments)
-    config = dataclasses.replace(config, device=launch.own_device(config.device))
-    try:
-        context = launch.from_torchrun(parallel, device=config.device, guided=plan.is_guided)
-        return _write_video(options, request, config, context)
-    finally:
-        launch.stop()
-
-
-def _write_video(
-    options: argparse.Namespace, request: VideoRequest, config: EngineConfig, context: ContextParallel
-) -> int:
-    """Load, generate, and on rank 0 write the file."""
-    from helios_engine.engine.engine import Engine
-    from helios_engine.output import open_writer, video_metadata
-
-    engine = Engine.load(options.model, config, context)
-    if context.size > 1 and context.is_first and not options.quiet:
-        print(context.describe(), file=sys.stderr)
-    with engine.stream(request, progress=context.is_first and not options.quiet) as stream:
-        if not context.is_first:
-            for _ in stream:
-                pass
-            return 0
-        metadata = video_metadata(request, engine.describe(stream.session.plan))
-        writer = open_writer(options.output, fps=request.fps, metadata=metadata, encoder=options.encoder)
-        # Stopping an endless video by hand is its normal end, so its file is kept.
-        stop = contextlib.suppress(KeyboardInterrupt) if request.num_frames is None else contextlib.nullcontext()
-        with writer, stop:
-            for chunk in stream:
-                writer.write(chunk)
-    print(options.output)
-    return 0
-
-
-def _plan(model: str, request: VideoRequest, config: EngineConfig) -> tuple[Checkpoint, Plan]:
-    """The checkpoint's configuration and what the request makes of it; inputs are read once to see that they can be."""
-    from helios_engine.engine import conditioning
-    from helios_engine.engine.checkpoint import Checkpoint
-    from helios_engine.engine.plan import make_plan
-
-    checkpoint = Checkpoint.open(model, config.revision)
-    plan = make_plan(
-        request,
-        recipe=checkpoint.recipe,
-        scheduler=checkpoint.scheduler,
-        model=checkpoint.model,
-        has_text_encoder=checkpoint.has_text_encoder,
-    )
-    conditioning.load_pixels(request)
-    return checkpoint, plan
-
-
-def _dry_run(checkpoint: Checkpoint, plan: Plan, request: VideoRequest, config: EngineConfig, degrees: Degrees) -> int:
-    from helios_engine.engine.engine import resolve_device, resolve_dtype
-    from helios_engine.engine.memory import estimate_memory
-
-    memory = estimate_memory(checkpoint, plan, config, request.max_sequence_length)
-    recipe = plan.recipe
-    chunks = "endless" if plan.num_chunks is None else f"{plan.num_chunks} chunks of 33"
-    forwards = [
-        sum(
-            (2 if plan.is_guided else 1)
-            for stage, schedule in enumerate(plan.chunk_schedules(index))
-            for step in range(schedule.num_steps)
-            if not plan.holds_still(stage, step)
-        )
-        for index in (0, 1)
-    ]
-    guidance = f"{recipe.guidance_scale:g}" + (" (CFG-Zero*)" if recipe.cfg_zero_star and plan.is_guided else "")
-    print(
-        f"model       {checkpoint.name}, {recipe.variant}, {resolve_dtype(config)} on {resolve_device(config.device)}"
-    )
-    print(
-        f"video       {plan.num_frames or 'endless'} frames ({chunks}), {plan.height}x{plan.width}, {request.fps} fps"
-    )
-    print(
-        f"recipe      steps {','.join(map(str, recipe.steps))}, guidance {guidance}, {checkpoint.scheduler.scheduler_type}"
-    )
-    print(f"forwards    {forwards[0]} in the first chunk, {forwards[1]} in each later one")
-    for size, tokens in zip(plan.stage_sizes, plan.tokens_per_stage, strict=True):
-        print(f"stage       latents 9x{size[0]}x{size[1]}, {tokens} noisy + {plan.history_tokens} history tokens")
-    if degrees.num_ranks > 1:
-        print(f"ranks       {degrees.num_ranks}: {degrees.describe()}")
-    print(
-        f"memory      about {memory.peak / 1e9:.2f} GB: transformer {memory.transformer / 1e9:.2f}, text encoder "
-        f"{memory.text_encoder / 1e9:.2f}, VAE {memory.vae / 1e9:.2f}, prompt {memory.text_keys_values / 1e9:.2f}, "
-        f"working set {max(memory.denoise_activations, memory.decode_activations) / 1e9:.2f}"
-    )
-    return 0
-
-
-def _convert(options: argparse.Namespace) -> int:
+def _convert(options: argparse.Namespace, meeting: launch.Meeting) -> int:
     from helios_engine.tools.convert import convert_checkpoint
 
     size = convert_checkpoint(options.source, Path(options.target), options.dtype, options.revision)
@@ -303,7 +209,7 @@ def _convert(options: argparse.Namespace) -> int:
     return 0
 
 
-def _inspect(options: argparse.Namespace) -> int:
+def _inspect(options: argparse.Namespace, meeting: launch.Meeting) -> int:
     from helios_engine.tools.inspect import inspect_build, inspect_checkpoint
 
     found = inspect_checkpoint(options.model, options.revision)
@@ -314,7 +220,7 @@ def _inspect(options: argparse.Namespace) -> int:
     return 0
 
 
-def _toy(options: argparse.Namespace) -> int:
+def _toy(options: argparse.Namespace, meeting: launch.Meeting) -> int:
     from helios_engine.tools.toy import write_toy_checkpoints
 
     folder = Path(options.folder)
@@ -325,14 +231,15 @@ def _toy(options: argparse.Namespace) -> int:
     return 0
 
 
-def _bench(options: argparse.Namespace) -> int:
+def _bench(options: argparse.Namespace, meeting: launch.Meeting) -> int:
     from helios_engine.engine.engine import Engine
     from helios_engine.tools.bench import bench
+    from helios_engine.tools.generate import fields_of
 
     if options.repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {options.repeats}")
-    request = VideoRequest(**{"prompt": "A red fox runs through fresh snow.", **_collect(options, VideoRequest)})
-    engine = Engine.load(options.model, EngineConfig(**_collect(options, EngineConfig)))
+    request = VideoRequest(**{"prompt": "A red fox runs through fresh snow.", **fields_of(options, VideoRequest)})
+    engine = Engine.load(options.model, EngineConfig(**fields_of(options, EngineConfig)))
     print(json.dumps(bench(engine, request, repeats=options.repeats), indent=2))
     return 0
 

@@ -27,7 +27,10 @@ WAN_LATENTS_STD = (
 )
 
 VARIANTS = ("base", "mid", "distilled")
-ATTENTION_BACKENDS = ("auto", "fa3", "cudnn", "flash", "sdpa")
+ATTENTION_BACKENDS = ("auto", "fa3", "fa4", "fa2", "cudnn", "flash", "sdpa")
+EXCHANGES = ("packed", "xfuser")
+RING_METHODS = ("rotate", "allgather")
+TEXT_ENCODER_RANKS = ("first", "all")
 DTYPES = ("auto", "bfloat16", "float32")
 VAE_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -371,6 +374,16 @@ class ParallelConfig:
         default=None,
         metadata={"help": "2 computes the two guidance branches on two halves of the ranks; default where it divides"},
     )
+    rank_timeout: float = field(
+        default=30.0, metadata={"help": "seconds within which all ranks end when one raises, dies or hangs"}
+    )
+
+    def __post_init__(self) -> None:
+        is_number = isinstance(self.rank_timeout, int | float) and not isinstance(self.rank_timeout, bool)
+        _require(
+            is_number and 1 <= self.rank_timeout <= 86400,
+            f"rank_timeout must be between 1 and 86400 seconds, got {self.rank_timeout!r}",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -399,6 +412,33 @@ class EngineConfig:
             "choices": ATTENTION_BACKENDS,
         },
     )
+    exchange: str = field(
+        default="packed",
+        metadata={
+            "help": "how ranks trade tokens for heads: packed is this engine's own, xfuser that package's (a cross-check)",
+            "choices": EXCHANGES,
+        },
+    )
+    ring_method: str = field(
+        default="rotate",
+        metadata={
+            "help": "rotate passes keys and values round while attending, allgather collects them first",
+            "choices": RING_METHODS,
+        },
+    )
+    shard_vae: bool = field(
+        default=True, metadata={"help": "decode and encode pictures by rows, on all ranks together"}
+    )
+    text_encoder_ranks: str = field(
+        default="first",
+        metadata={
+            "help": "first keeps the text encoder on rank 0, which sends the embeddings; all loads it on every rank",
+            "choices": TEXT_ENCODER_RANKS,
+        },
+    )
+    check_ranks: bool = field(
+        default=False, metadata={"help": "check after every step that all ranks hold identical latents (debugging)"}
+    )
     revision: str | None = field(default=None, metadata={"help": "hub revision when the model is a hub id"})
 
     def __post_init__(self) -> None:
@@ -406,8 +446,14 @@ class EngineConfig:
             ("dtype", DTYPES),
             ("vae_dtype", VAE_DTYPES),
             ("attention_backend", ATTENTION_BACKENDS),
+            ("exchange", EXCHANGES),
+            ("ring_method", RING_METHODS),
+            ("text_encoder_ranks", TEXT_ENCODER_RANKS),
         ):
             value = getattr(self, name)
             _require(value in choices, f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        for name in ("shard_vae", "check_ranks"):
+            value = getattr(self, name)
+            _require(isinstance(value, bool), f"{name} must be true or false, got {value!r}")
         known = isinstance(self.device, str) and re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device)
         _require(known, f"device must be auto, cpu, cuda or cuda:N with a number, got {self.device!r}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from helios_engine.model.weights import save_safetensors
+from helios_engine.model.weights import open_safetensors, save_safetensors
 from helios_engine.request import ChunkTiming, VideoChunk, VideoRequest
 from helios_engine.trace import span
 
@@ -86,13 +86,18 @@ def open_writer(
     return LatentsWriter(path, metadata=text)
 
 
+def temporary_name(path: Path, process: int | None = None) -> Path:
+    """Where a file lies until it is whole. The process number keeps two runs apart; the suffix stays last for writers
+    that look at it."""
+    return path.with_name(f".{path.stem}.{os.getpid() if process is None else process}.tmp{path.suffix}")
+
+
 class _FileWriter(abc.ABC):
     """Temporary name, rename, removal: shared by all writers."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        # The process number keeps two runs apart; the suffix stays last for writers that look at it.
-        self.temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+        self.temporary = temporary_name(path)
 
     def write(self, chunk: VideoChunk) -> None:
         """Take in the next chunk."""
@@ -224,6 +229,58 @@ class LatentsWriter(_FileWriter):
 
     def _abandon(self) -> None:
         self._parts.clear()
+
+
+def concatenate(parts: Sequence[Path], path: str | Path, *, metadata: Mapping[str, object] | None = None) -> None:
+    """Join files of one kind, written one after the other by open_writer, into one; nothing is encoded again."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(path)
+    join = {".mp4": _join_mp4, ".npy": _join_npy, ".safetensors": _join_latents}[path.suffix]
+    try:
+        join(parts, temporary, json.dumps(dict(metadata or {}), ensure_ascii=False))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _join_mp4(parts: Sequence[Path], target: Path, metadata: str) -> None:
+    """Copy packets. Each part was an encoder's whole run, so it starts with a key frame and refers to no other part."""
+    import av
+
+    with av.open(str(target), "w", format="mp4", options={"movflags": "faststart"}) as output:
+        output.metadata["comment"] = metadata
+        stream, start = None, 0
+        for part in parts:
+            with av.open(str(part)) as source:
+                template = source.streams.video[0]
+                if stream is None:
+                    stream = output.add_stream_from_template(template)
+                end = start
+                for packet in source.demux(template):
+                    if packet.dts is None:  # the empty packet that ends a stream
+                        continue
+                    end = max(end, start + packet.pts + packet.duration)
+                    packet.pts, packet.dts = packet.pts + start, packet.dts + start
+                    packet.stream = stream
+                    output.mux(packet)
+                start = end
+
+
+def _join_npy(parts: Sequence[Path], target: Path, metadata: str) -> None:
+    arrays = [np.load(part, mmap_mode="r") for part in parts]
+    shape = (sum(len(array) for array in arrays), *arrays[0].shape[1:])
+    whole = np.lib.format.open_memmap(target, mode="w+", dtype=arrays[0].dtype, shape=shape)
+    np.concatenate(arrays, out=whole)
+    whole.flush()
+
+
+def _join_latents(parts: Sequence[Path], target: Path, metadata: str) -> None:
+    latents = []
+    for part in parts:
+        with open_safetensors(part) as file:
+            latents.append(file.get_tensor("latents"))
+    save_safetensors(target, {"latents": torch.cat(latents, dim=2)}, {"comment": metadata})
 
 
 @dataclass(frozen=True, slots=True, eq=False)

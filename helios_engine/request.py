@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import operator
 from collections.abc import Mapping, Sequence
@@ -137,6 +138,11 @@ class VideoRequest:
         """The fields that are plain values: everything but embeddings, latents, pictures and clips."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _SOURCES}
 
+    def facts(self) -> dict[str, str]:
+        """Every field as short text, prompts in full, files and arrays by a digest: equal for requests that ask the same."""
+        facts = {name: repr(value) for name, value in self.settings().items()}
+        return facts | {name: digest(value) for name in _SOURCES if (value := getattr(self, name)) is not None}
+
     def without_sources(self) -> VideoRequest:
         """The same without pictures, clips and latents, for keeping once they are used up."""
         return dataclasses.replace(self, **dict.fromkeys(_SOURCES[2:]))
@@ -224,6 +230,23 @@ class VideoRequest:
             low, high = getattr(self, low_name), getattr(self, high_name)
             if not 0.0 <= low <= high <= 1.0:
                 raise ValueError(f"{low_name} and {high_name} must satisfy 0 <= min <= max <= 1, got {low} and {high}")
+
+
+def digest(value: object) -> str:
+    """A short name for what a picture, clip, file or tensor holds."""
+    digest = hashlib.sha256()
+    parts = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    for part in parts:
+        if isinstance(part, str | Path):
+            digest.update(Path(part).read_bytes())
+        elif isinstance(part, Tensor):
+            digest.update(repr((part.dtype, part.shape)).encode())
+            digest.update(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        else:
+            pixels = np.asarray(part)
+            digest.update(repr((str(pixels.dtype), pixels.shape)).encode())
+            digest.update(np.ascontiguousarray(pixels).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _shown(value: object) -> str:

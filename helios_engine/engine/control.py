@@ -49,4 +49,6 @@ class Control:
     def close(self) -> None:
         """End the video; ranks still inside it hear of it where they next poll."""
         self._wanted.set()
+        if self._context.is_broken:  # nobody is left to hear it
+            self._over = True
         self.poll()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -11,12 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from helios_engine.config import NUM_HISTORY_FRAMES, EngineConfig
+from helios_engine.config import EngineConfig
 from helios_engine.engine import conditioning
 from helios_engine.engine.checkpoint import Checkpoint
+from helios_engine.engine.checks import check_same_latents, check_same_shape, check_state
 from helios_engine.engine.chunk import ChunkJob, StepCallback, denoise_chunk
 from helios_engine.engine.control import Cancelled, Control
-from helios_engine.engine.frames import FrameDecoder
+from helios_engine.engine.frames import FrameCodec
 from helios_engine.engine.history import History, stacked_window
 from helios_engine.engine.media import Clip
 from helios_engine.engine.plan import Plan, make_plan
@@ -60,8 +63,8 @@ class Engine:
             head_dim=checkpoint.model.attention_head_dim,
         )
         self.context = context or ContextParallel.single()
-        transformer.connect(attention, self.context)
-        self._frames = FrameDecoder(vae)
+        transformer.connect(attention, self.context, ring_method=config.ring_method, exchange=config.exchange)
+        self._frames = FrameCodec(vae, self.context, shard=config.shard_vae)
         self._noise_factor = block_noise_factor(checkpoint.scheduler.gamma).to(self.device)
 
     @classmethod
@@ -76,22 +79,22 @@ class Engine:
         Weights stream tensor by tensor to the device in the target dtype, so host memory stays near one tensor.
         Raises ValueError when the checkpoint or a setting is unusable, before anything large is read.
         """
-        config = config or EngineConfig()
+        config, context = config or EngineConfig(), context or ContextParallel.single()
         with span("load"):
+            checkpoint = context.agreed(
+                lambda: _checked(path_or_id, config, context), lambda found: _load_facts(found, config)
+            )
             device, dtype = resolve_device(config.device), resolve_dtype(config)
-            checkpoint = Checkpoint.open(path_or_id, config.revision)
-            choose_attention(
-                config.attention_backend, device=device, dtype=dtype, head_dim=checkpoint.model.attention_head_dim
-            )
-            checkpoint.check()
-            engine = cls(
-                checkpoint,
-                transformer=checkpoint.load_transformer(device, dtype),
-                vae=checkpoint.load_vae(device, getattr(torch, config.vae_dtype)),
-                text_encoder=checkpoint.load_text_encoder(device, dtype),
-                config=config,
-                context=context,
-            )
+            encodes_text = context.is_first or config.text_encoder_ranks == "all"
+            with context.guard():
+                engine = cls(
+                    checkpoint,
+                    transformer=checkpoint.load_transformer(device, dtype),
+                    vae=checkpoint.load_vae(device, getattr(torch, config.vae_dtype)),
+                    text_encoder=checkpoint.load_text_encoder(device, dtype) if encodes_text else None,
+                    config=config,
+                    context=context,
+                )
         logger.info(
             "loaded %s (%s) on %s in %s, attention %s",
             checkpoint.name,
@@ -112,7 +115,7 @@ class Engine:
             recipe=checkpoint.recipe,
             scheduler=checkpoint.scheduler,
             model=checkpoint.model,
-            has_text_encoder=self.text_encoder is not None,
+            has_text_encoder=checkpoint.has_text_encoder,
         )
         if self.context.degrees.cfg > 1 and not plan.is_guided:
             raise ValueError(
@@ -127,12 +130,12 @@ class Engine:
 
         on_step(stage, step, latents) is called after every solver step; latents [1, C, 9, h, w] are read-only.
         """
-        plan = self.plan(request)
-        return self._open(request, plan, conditioning.load_pixels(request), on_step)
+        plan, pixels = self._agreed(request)
+        return self._open(request, plan, pixels, on_step)
 
     @torch.no_grad()
     def restore(self, state: SessionState, on_step: StepCallback | None = None) -> VideoSession:
-        """Continue a session from its state, bit for bit on the same kind of device."""
+        """Continue a session from its state, bit for bit on the same kind of device and number of ranks."""
         settings = {**state.request, "prompt": None, "negative_prompt": None}
         request = VideoRequest.from_dict(
             {
@@ -142,13 +145,18 @@ class Engine:
                 "latents": state.initial,
             }
         )
-        plan = self.plan(request)
-        self._check_state(state, plan)
         noise = NoiseSource(0)
-        try:
-            noise.restore(state.noise)
-        except (RuntimeError, TypeError) as error:
-            raise ValueError(f"the state's noise generator is damaged: {error}") from None
+
+        def prepare() -> Plan:
+            plan = self.plan(request)
+            check_state(state, plan, channels=self.checkpoint.model.in_channels)
+            try:
+                noise.restore(state.noise)
+            except (RuntimeError, TypeError) as error:
+                raise ValueError(f"the state's noise generator is damaged: {error}") from None
+            return plan
+
+        plan = self.context.agreed(prepare, lambda _: request.facts() | state.facts())
         anchor = None if state.anchor is None else state.anchor.to(self.device)
         history = History(state.history.to(self.device), anchor)
         prompt = PromptEmbeddings(*(None if e is None else e.to(self.device) for e in (state.positive, state.negative)))
@@ -164,18 +172,19 @@ class Engine:
         )
 
     def stream(
-        self, request: VideoRequest, on_step: StepCallback | None = None, *, progress: bool = False
+        self, request: VideoRequest | SessionState, on_step: StepCallback | None = None, *, progress: bool = False
     ) -> VideoStream:
         """Chunks as they are made; the first is out before the second is begun. num_frames=None never ends.
 
-        progress shows a bar on standard error.
+        A SessionState instead of a request goes on where that session stood. progress shows a bar on standard error.
         """
+        start = self.restore if isinstance(request, SessionState) else self.open
         if not progress:
-            return VideoStream(self.open(request, on_step))
+            return VideoStream(start(request, on_step))
         from helios_engine.engine.progress import ProgressBar
 
-        session = self.open(request)
-        bar = ProgressBar(session.plan)
+        session = start(request)
+        bar = ProgressBar(session.plan, first_chunk=session.index)
         session.on_step = bar.step if on_step is None else _both(bar.step, on_step)
         return VideoStream(session, bar)
 
@@ -195,8 +204,8 @@ class Engine:
         if not isinstance(requests, Sequence) or not requests:
             raise ValueError("stream_batch needs a list of at least one request")
         plans = [self.plan(request) for request in requests]
-        _check_same_shape(requests, plans)
-        pixels = [conditioning.load_pixels(request) for request in requests]
+        check_same_shape(requests, plans)
+        pixels = [self._agreed(request)[1] for request in requests]
         return self._stream_batch(requests, plans[0], pixels)
 
     def _stream_batch(
@@ -222,7 +231,7 @@ class Engine:
         index = sessions[0].index
         drawn = [session.noise.state() for session in sessions]
         try:
-            with span("chunk"):
+            with span("chunk"), self.context.guard(expected=(Cancelled,)):
                 start = self._clock()
                 job = self._job(sessions)
                 latents = denoise_chunk(self.transformer, self.checkpoint.scheduler, self._noise_factor, job)
@@ -265,35 +274,24 @@ class Engine:
     def _open(
         self, request: VideoRequest, plan: Plan, pixels: Tensor | Clip | None, on_step: StepCallback | None
     ) -> VideoSession:
-        with span("text_encode"):
-            prompt = self._encode_prompt(request, plan)
         noise = NoiseSource(request.seed)
-        history = conditioning.start_history(request, pixels, noise, self.vae, self.device)
+        with self.context.guard():
+            with span("text_encode"):
+                prompt = self._encode_prompt(request, plan)
+            history = conditioning.start_history(
+                request, pixels, noise, self._frames, channels=self.checkpoint.model.in_channels, device=self.device
+            )
         return self._session(request, plan, prompt, history=history, noise=noise, on_step=on_step)
 
     def _decode(self, session: VideoSession, latents: Tensor, index: int) -> np.ndarray | Tensor | None:
         """A chunk's frames on rank 0, None elsewhere."""
-        if not self.context.is_first:
-            return None
         return self._frames.decode(latents, session.request.frames, session.plan.frames_in_chunk(index))
 
-    def _check_state(self, state: SessionState, plan: Plan) -> None:
-        """Refuse a state that this model or its own request cannot have made."""
-        channels = self.checkpoint.model.in_channels
-        shapes = {
-            "history": (1, channels, NUM_HISTORY_FRAMES, *plan.latent_size),
-            "anchor": (1, channels, 1, *plan.latent_size),
-        }
-        for name, shape in shapes.items():
-            tensor = getattr(state, name)
-            if tensor is not None and tuple(tensor.shape) != shape:
-                raise ValueError(f"the state's {name} {tuple(tensor.shape)} does not fit this model's {shape}")
-        if state.index < 0 or (plan.num_chunks is not None and state.index > plan.num_chunks):
-            raise ValueError(
-                f"the state's chunk index {state.index} lies outside its video of {plan.num_chunks} chunks"
-            )
-        if (state.negative is None) == plan.is_guided:
-            raise ValueError("the state's negative prompt and its guidance_scale do not belong together")
+    def _agreed(self, request: VideoRequest) -> tuple[Plan, Tensor | Clip | None]:
+        """The plan and the pixels read, when every rank was given the same request and can serve it."""
+        return self.context.agreed(
+            lambda: (self.plan(request), conditioning.load_pixels(request)), lambda _: request.facts()
+        )
 
     def _job(self, sessions: Sequence[VideoSession]) -> ChunkJob:
         first = sessions[0]
@@ -301,13 +299,17 @@ class Engine:
         if len(sessions) > 1:
             texts = tuple(TextContext.stack(list(branch)) for branch in zip(*(s.texts for s in sessions), strict=True))
         initial = [session.initial_noise() for session in sessions]
+        on_step = first.on_step
+        if self.config.check_ranks and self.context.size > 1:
+            check = functools.partial(check_same_latents, self.context)
+            on_step = check if on_step is None else _both(check, on_step)
         return ChunkJob(
             plan=first.plan,
             index=first.index,
             context=self.transformer.prepare(stacked_window([s.history for s in sessions]), texts),
             noise=tuple(session.noise for session in sessions),
             initial_BCTHW=None if initial[0] is None else torch.cat(initial),
-            on_step=first.on_step,
+            on_step=on_step,
             control=first.control,
         )
 
@@ -352,7 +354,12 @@ class Engine:
     def _embeddings(self, prompt: str | None, embeds: Tensor | None, max_length: int) -> Tensor:
         if embeds is not None:
             return embeds.to(self.device, self.dtype)
-        return self.text_encoder.encode(prompt, max_length=max_length)
+        if self.text_encoder is not None:
+            own = self.text_encoder.encode(prompt, max_length=max_length)
+        else:
+            shape = (1, max_length, self.checkpoint.model.text_dim)
+            own = torch.empty(shape, dtype=self.dtype, device=self.device)
+        return own if self.config.text_encoder_ranks == "all" else self.context.broadcast(own, "text")
 
     def _clock(self) -> float:
         if self.device.type == "cuda":
@@ -389,24 +396,17 @@ def resolve_dtype(config: EngineConfig) -> torch.dtype:
     return torch.bfloat16 if resolve_device(config.device).type == "cuda" else torch.float32
 
 
-def _check_same_shape(requests: Sequence[VideoRequest], plans: Sequence[Plan]) -> None:
-    for request, plan in zip(requests, plans, strict=True):
-        if plan != plans[0]:
-            raise ValueError(
-                "stream_batch needs requests of one shape: size, num_frames, trim, steps, guidance and first-chunk "
-                "settings must agree; use one stream each for different ones"
-            )
-        if (request.latents is None) != (requests[0].latents is None):
-            raise ValueError("stream_batch needs latents for all requests or for none")
-        lengths = [_text_lengths(r, plan.is_guided) for r in (requests[0], request)]
-        if lengths[0] != lengths[1]:
-            raise ValueError(
-                f"stream_batch needs prompts of one text length; (prompt, negative prompt) have {lengths[0]} and "
-                f"{lengths[1]} tokens"
-            )
+def _checked(path_or_id: str | Path, config: EngineConfig, context: ContextParallel) -> Checkpoint:
+    """The checkpoint, its files and the settings checked before anything large is read."""
+    device, dtype = resolve_device(config.device), resolve_dtype(config)
+    checkpoint = Checkpoint.open(path_or_id, config.revision)
+    choose_attention(config.attention_backend, device=device, dtype=dtype, head_dim=checkpoint.model.attention_head_dim)
+    checkpoint.check()
+    return checkpoint
 
 
-def _text_lengths(request: VideoRequest, is_guided: bool) -> tuple[int, ...]:
-    embeds = (request.prompt_embeds, request.negative_prompt_embeds)
-    lengths = tuple(request.max_sequence_length if e is None else e.size(1) for e in embeds)
-    return lengths if is_guided else lengths[:1]
+def _load_facts(checkpoint: Checkpoint, config: EngineConfig) -> dict[str, str]:
+    """What must be equal on all ranks; where the files lie and which GPU it is need not be."""
+    settings = {f.name: repr(getattr(config, f.name)) for f in dataclasses.fields(config) if f.name != "device"}
+    parts = {name: repr(getattr(checkpoint, name)) for name in ("model", "vae", "scheduler", "recipe")}
+    return {**settings, **parts}

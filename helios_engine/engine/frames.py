@@ -1,4 +1,4 @@
-"""Latents to frames a caller can use: decode, convert on the device, hand over.
+"""Latents to frames a caller can use (decode, convert on the device, hand over), and pictures to latents.
 
 # latents [1, C, 9, h, w]; frames [F, H, W, 3]
 """
@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from helios_engine.model.slab import Slab
 from helios_engine.model.vae import VideoAutoencoder, to_uint8, to_unit_range
+from helios_engine.parallel.context import ContextParallel
 from helios_engine.trace import span
 
 _SPLITS = (8, 4, 2, 1)
@@ -22,21 +24,51 @@ _UNITS_FIXED = 7.5
 _CPU_FRAMES_PER_CALL = 2
 
 
-class FrameDecoder:
-    """Decodes chunks and keeps nothing between them."""
+class FrameCodec:
+    """Decodes chunks and encodes pictures, on all ranks together where that pays, and keeps nothing between calls."""
 
-    def __init__(self, vae: VideoAutoencoder) -> None:
-        self._vae = vae
+    def __init__(self, vae: VideoAutoencoder, context: ContextParallel, *, shard: bool) -> None:
+        self._vae, self._context, self._shard = vae, context, shard
 
-    def decode(self, latents: Tensor, kind: str, num_frames: int) -> np.ndarray | Tensor:
-        """The first num_frames frames of a chunk, of the kind VideoRequest.frames names."""
+    def decode(self, latents: Tensor, kind: str, num_frames: int) -> np.ndarray | Tensor | None:
+        """The first num_frames frames of a chunk, of the kind VideoRequest.frames names, on rank 0; None elsewhere."""
+        slab = self._slab(latents.size(-2))
+        if slab is None and not self._context.is_first:
+            return None
         with span("vae"):
-            split = frames_per_call_for(latents.device, self._vae, tuple(latents.shape[-2:]))
-            pixels = self._vae.decode(latents, frames_per_call=split)[0, :, :num_frames]
+            split = self._frames_per_call(latents.device, tuple(latents.shape[-2:]), slab)
+            pixels = self._vae.decode(latents, frames_per_call=split, slab=slab)[0, :, :num_frames]
             if kind == "float32":
-                return to_unit_range(pixels.float()).permute(1, 2, 3, 0).contiguous().cpu().numpy()
-            frames = to_uint8(pixels).permute(1, 2, 3, 0).contiguous()
-            return frames if kind == "device" else _to_host(frames)
+                frames = to_unit_range(pixels.float())
+            else:
+                frames = to_uint8(pixels)
+            frames = frames.permute(1, 2, 3, 0).contiguous()
+            if slab is not None:
+                frames = slab.collect_frames(frames)
+            return frames if frames is None or kind == "device" else _to_host(frames)
+
+    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the latents [1, C, T, h, w], not normalised, on every rank."""
+        latent_size = (pixels.size(-2) // 8, pixels.size(-1) // 8)
+        slab = self._slab(latent_size[0])
+        split = self._frames_per_call(pixels.device, latent_size, slab)
+        return self._vae.encode(pixels, frames_per_call=split, slab=slab)
+
+    def normalize(self, latents: Tensor) -> Tensor:
+        """Latents as the transformer sees them."""
+        return self._vae.normalize(latents)
+
+    def _slab(self, num_rows: int) -> Slab | None:
+        """Rows are shared where there is one for every rank at least."""
+        shares_rows = self._shard and 1 < self._context.size <= num_rows
+        return Slab(self._context, num_rows) if shares_rows else None
+
+    def _frames_per_call(self, device: torch.device, latent_size: tuple[int, int], slab: Slab | None) -> int:
+        if slab is None:
+            return frames_per_call_for(device, self._vae, latent_size)
+        # Neighbours talk in every call, so all take what the one with the least free memory can.
+        split = frames_per_call_for(device, self._vae, (max(slab.counts), latent_size[1]))
+        return split if device.type == "cpu" else min(n for (n,) in self._context.gather_numbers([split]))
 
 
 def _to_host(frames: Tensor) -> np.ndarray:

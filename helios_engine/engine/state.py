@@ -7,9 +7,11 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import safetensors.torch
 from torch import Tensor
 
 from helios_engine.model.weights import open_safetensors, save_safetensors
+from helios_engine.request import digest
 
 _FORMAT = "helios_engine.session/1"
 _TENSORS = ("history", "anchor", "noise", "positive", "negative", "initial")
@@ -53,6 +55,22 @@ class SessionState:
             if header.get("format") != _FORMAT:
                 raise ValueError(f"{path} is no session state of this version (format {header.get('format')!r})")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return cls._from_parts(path, header, tensors)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> SessionState:
+        """What load reads, from the file's bytes: for ranks that do not see the file."""
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+        return cls._from_parts("the state", header, safetensors.torch.load(data))
+
+    def facts(self) -> dict[str, str]:
+        """What must be equal on all ranks beside the request."""
+        tensors = {name: digest(getattr(self, name)) for name in ("history", "noise")}
+        return {"chunk index": str(self.index), **tensors}
+
+    @classmethod
+    def _from_parts(cls, path: str | Path, header: dict[str, str], tensors: dict[str, Tensor]) -> SessionState:
         try:
             settings, index = json.loads(header["request"]), int(header["index"])
             missing = [name for name in ("history", "noise", "positive") if name not in tensors]

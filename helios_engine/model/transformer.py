@@ -19,7 +19,7 @@ from helios_engine.model.cache import BoundedCache
 from helios_engine.model.embed import Embedder, HistoryWindow
 from helios_engine.ops import reference as ops
 from helios_engine.ops.attention import Attention
-from helios_engine.parallel.attention import SequenceAttention
+from helios_engine.parallel.attention import SequenceAttention, make_sequence_attention
 from helios_engine.parallel.context import ContextParallel
 from helios_engine.parallel.layout import TokenLayout
 from helios_engine.trace import span
@@ -83,10 +83,14 @@ class Transformer(nn.Module):
         self._layouts: BoundedCache[TokenLayout] = BoundedCache(_SHAPES_KEPT)
         self._history_rows: Tensor | None = None
 
-    def connect(self, attention: Attention, parallel: ContextParallel) -> None:
+    def connect(
+        self, attention: Attention, parallel: ContextParallel, *, ring_method: str = "rotate", exchange: str = "packed"
+    ) -> None:
         """Choose how attention is computed and which ranks share the sequence; before the first forward."""
         self.attention, self.parallel = attention, parallel
-        self._sequence_attention = SequenceAttention(parallel, attention)
+        self._sequence_attention = make_sequence_attention(
+            parallel, attention, ring_method=ring_method, exchange=exchange
+        )
 
     def encode_text(self, embeds_BTE: Tensor) -> TextContext:
         """The prompt's keys and values in every layer; once per prompt."""

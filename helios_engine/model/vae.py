@@ -17,8 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from helios_engine.config import VaeConfig
+from helios_engine.model.slab import Slab, convolve_rows
 
-FrameCache = dict[nn.Module, Tensor]
+
+class FrameCache(dict[nn.Module, Tensor]):
+    """The frames each temporal layer saw last; slab says which rows this rank holds, None for all."""
+
+    def __init__(self, slab: Slab | None = None) -> None:
+        super().__init__()
+        self.slab = slab
 
 
 class CausalConv3d(nn.Conv3d):
@@ -33,6 +40,9 @@ class CausalConv3d(nn.Conv3d):
         self.num_past = size[0] - 1
 
     def forward(self, x: Tensor, cache: FrameCache) -> Tensor:
+        padding = self.padding
+        if cache.slab is not None and padding[1]:
+            x, padding = cache.slab.with_neighbours(x), (0, 0, padding[2])
         if self.num_past:
             past = cache.get(self)
             if past is None:
@@ -43,8 +53,8 @@ class CausalConv3d(nn.Conv3d):
             cache[self] = x[:, :, -self.num_past :].clone()
         if x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
             # Left to itself torch takes a plain loop for small inputs: 5.9 s against 0.7 s for a toy chunk, 2 cores.
-            return torch.mkldnn_convolution(x, self.weight, self.bias, self.padding, self.stride, self.dilation, 1)
-        return super().forward(x)
+            return torch.mkldnn_convolution(x, self.weight, self.bias, padding, self.stride, self.dilation, 1)
+        return F.conv3d(x, self.weight, self.bias, self.stride, padding)
 
 
 class RMSNorm(nn.Module):
@@ -95,12 +105,15 @@ class AttentionBlock(nn.Module):
         self.to_qkv = nn.Conv2d(channels, channels * 3, 1)
         self.proj = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, slab: Slab | None) -> Tensor:
         frames = _frames_as_batch(x)
         height, width = frames.shape[-2:]
-        qkv = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2).unsqueeze(1)
-        q, k, v = qkv.contiguous().chunk(3, dim=-1)
-        attended = F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2)
+        qkv = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2).contiguous()
+        q, kv = qkv.tensor_split([x.size(1)], dim=-1)
+        if slab is not None:
+            kv = slab.gather_tokens(kv, width)
+        k, v = kv.unsqueeze(1).chunk(2, dim=-1)
+        attended = F.scaled_dot_product_attention(q.unsqueeze(1), k, v).squeeze(1).transpose(1, 2)
         return x + _batch_as_frames(self.proj(attended.unflatten(2, (height, width))), x.size(0))
 
 
@@ -111,7 +124,7 @@ class MidBlock(nn.Module):
         self.attentions = nn.ModuleList([AttentionBlock(channels)])
 
     def forward(self, x: Tensor, cache: FrameCache) -> Tensor:
-        return self.resnets[1](self.attentions[0](self.resnets[0](x, cache)), cache)
+        return self.resnets[1](self.attentions[0](self.resnets[0](x, cache), cache.slab), cache)
 
 
 class Upsample(nn.Module):
@@ -132,7 +145,7 @@ class Upsample(nn.Module):
             else:  # the video's first frame stays single, and the next call starts from zeros, not from it
                 cache[self] = x.new_empty(0)
         frames = F.interpolate(_frames_as_batch(x), scale_factor=2.0, mode="nearest-exact")
-        return _batch_as_frames(self.resample["1"](frames), batch)
+        return _batch_as_frames(convolve_rows(self.resample["1"], frames, cache.slab), batch)
 
 
 class Downsample(nn.Module):
@@ -144,7 +157,8 @@ class Downsample(nn.Module):
         self.time_conv = nn.Conv3d(channels, channels, (3, 1, 1), stride=(2, 1, 1)) if in_time else None
 
     def forward(self, x: Tensor, cache: FrameCache) -> Tensor:
-        frames = F.pad(_frames_as_batch(x), (0, 1, 0, 1))
+        frames = _frames_as_batch(x)
+        frames = F.pad(frames, (0, 1, 0, 1)) if cache.slab is None else F.pad(cache.slab.with_row_below(frames), (0, 1))
         x = _batch_as_frames(self.resample["1"](frames), x.size(0))
         if self.time_conv is not None:
             past = cache.get(self)
@@ -243,27 +257,36 @@ class VideoAutoencoder(nn.Module):
                 layer.to(memory_format=torch.channels_last)
         return self
 
-    def encode(self, pixels_BCTHW: Tensor, *, frames_per_call: int | None = None) -> tuple[Tensor, Tensor]:
+    def encode(
+        self, pixels_BCTHW: Tensor, *, frames_per_call: int | None = None, slab: Slab | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the latents [B, z, 1 + T/4, H/8, W/8], not yet normalised, float32.
 
-        The first frame is a call of its own, the others come 4 * frames_per_call at a time (None: all at once).
+        The first frame is a call of its own, the others come 4 * frames_per_call at a time (None: all at once). With a
+        slab every rank encodes its own rows of the same pixels, and all get the whole result.
         """
+        if slab is not None:
+            pixels_BCTHW = slab.own(pixels_BCTHW, 8)
         pixels = pixels_BCTHW.to(self.dtype).contiguous(memory_format=torch.channels_last_3d)
-        cache: FrameCache = {}
+        cache = FrameCache(slab)
         rest = pixels.size(2) - 1
         size = rest if frames_per_call is None else min(4 * frames_per_call, rest)
         pieces = [pixels[:, :, :1], *(pixels[:, :, 1:].split(size, dim=2) if rest else ())]
         parts = [self.encoder(piece, cache) for piece in pieces]
-        mean, log_variance = self.quant_conv(torch.cat(parts, dim=2), cache).float().chunk(2, dim=1)
+        moments = self.quant_conv(torch.cat(parts, dim=2), cache).float()
+        mean, log_variance = (moments if slab is None else slab.gather_rows(moments)).chunk(2, dim=1)
         return mean, torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))
 
-    def decode(self, latents_BCTHW: Tensor, *, frames_per_call: int | None = None) -> Tensor:
+    def decode(self, latents_BCTHW: Tensor, *, frames_per_call: int | None = None, slab: Slab | None = None) -> Tensor:
         """Pixels [B, 3, 1 + 4 (T - 1), 8 H, 8 W] in [-1, 1] of normalised latents.
 
-        The first latent frame is a call of its own, the others come frames_per_call at a time (None: all at once).
+        The first latent frame is a call of its own, the others come frames_per_call at a time (None: all at once). With
+        a slab every rank decodes its own rows of the same latents and returns those rows of pixels.
         """
+        if slab is not None:
+            latents_BCTHW = slab.own(latents_BCTHW)
         latents = self.denormalize(latents_BCTHW).to(self.dtype).contiguous(memory_format=torch.channels_last_3d)
-        cache: FrameCache = {}
+        cache = FrameCache(slab)
         hidden = self.post_quant_conv(latents, cache)
         rest = hidden.size(2) - 1
         size = rest if frames_per_call is None else min(frames_per_call, rest)

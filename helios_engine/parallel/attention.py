@@ -10,6 +10,8 @@ Source: DeepSpeed Ulysses (arXiv 2309.14509), Ring Attention (arXiv 2310.01889),
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -22,8 +24,9 @@ from helios_engine.parallel.layout import TokenLayout
 class SequenceAttention:
     """Attention of this rank's rows to the whole sequence."""
 
-    def __init__(self, context: ContextParallel, attention: Attention) -> None:
-        self._context, self._attention = context, attention
+    def __init__(self, context: ContextParallel, attention: Attention, *, ring_method: str = "rotate") -> None:
+        """ring_method: rotate passes keys and values round while attending; allgather collects them first."""
+        self._context, self._attention, self._ring_method = context, attention, ring_method
 
     def __call__(self, qkv_Bl3HK: Tensor, layout: TokenLayout, *, noisy_only: bool) -> Tensor:
         """Attended rows [B, l, H, K] of this rank's tokens, or of its noisy ones [B, noisy, H, K] alone.
@@ -115,21 +118,30 @@ class SequenceAttention:
             sum(layout.tokens(rank) for rank in range(first, first + layout.ulysses))
             for first in range(0, layout.num_ranks, layout.ulysses)
         ]
+        if self._ring_method == "allgather":
+            own = torch.stack([k_BShK, v_BShK], dim=2)
+            every = context.gather_rows(own.flatten(2), group_tokens, "ring", group="ring")
+            k, v = every.unflatten(2, own.shape[2:]).unbind(2)
+            return self._attention(q_BLhK, k, v)
         held = torch.stack([k_BShK, v_BShK])
         out = lse = None
         for turn in range(ring):
-            waiting, arriving = [], None
+            arriving = None
             if turn + 1 < ring:
-                owner = (context.ring_rank - turn - 1) % ring
-                shape = (2, held.size(1), group_tokens[owner], *held.shape[3:])
-                arriving = held.new_empty(shape)
-                waiting = context.rotate(held, arriving, "ring")
+                shape = (2, held.size(1), group_tokens[(context.ring_rank - turn - 1) % ring], *held.shape[3:])
+                arriving = context.rotate(held.view(-1), math.prod(shape), "ring")
             part, part_lse = self._attention.with_lse(q_BLhK, held[0], held[1])
             if out is None:
                 out, lse = part.float(), part_lse.clone()
             else:
                 ops.merge_partials_(out, lse, part, part_lse)
-            for request in waiting:
-                request.wait()
-            held = arriving
+            if arriving is not None:
+                held = arriving.wait().view(shape)
         return out.to(q_BLhK.dtype)
+
+
+def make_sequence_attention(
+    context: ContextParallel, attention: Attention, *, ring_method: str, exchange: str
+) -> SequenceAttention:
+    """Self-attention by the exchange that was asked for. Raises ValueError where it cannot run, saying why."""
+    return SequenceAttention(context, attention, ring_method=ring_method)

@@ -1,86 +1,48 @@
-"""Ranks, their groups, and the few collectives the engine uses; each counts what it sends.
-
-Ranks form a mesh cfg x ring x ulysses with ulysses innermost, so that neighbours, which talk most, share the fastest
-links. A cfg index computes one guidance branch; the ring x ulysses ranks of it share one sequence.
-"""
+"""Ranks, their groups, and the few collectives the engine uses; each counts what it sends."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import contextlib
+import datetime
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from helios_engine.parallel.mesh import Degrees, Traffic, mesh
+from helios_engine.parallel.watch import RankFailure, Watch
+
 ProcessGroup = object  # torch's own class exists only in builds with distributed support
-
-
-@dataclass(frozen=True, slots=True)
-class Degrees:
-    """How many ranks split heads (ulysses), rotate keys (ring), and compute guidance branches (cfg)."""
-
-    ulysses: int
-    ring: int = 1
-    cfg: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("ulysses", "ring", "cfg"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} degree must be a whole number of at least 1, got {value!r}")
-        if self.cfg > 2:
-            raise ValueError(f"cfg degree must be 1 or 2 (there are two guidance branches), got {self.cfg}")
-
-    @property
-    def num_ranks(self) -> int:
-        return self.ulysses * self.ring * self.cfg
-
-    def describe(self) -> str:
-        return f"ulysses {self.ulysses} x ring {self.ring} x cfg {self.cfg}"
-
-    @classmethod
-    def choose(
-        cls,
-        num_ranks: int,
-        *,
-        guided: bool,
-        ulysses: int | None = None,
-        ring: int | None = None,
-        cfg: int | None = None,
-    ) -> Degrees:
-        """Fill in what was left open: guided models put the two branches on two halves first, the rest is Ulysses.
-
-        Raises ValueError when the product of the degrees is not num_ranks.
-        """
-        if cfg is None:
-            fixed = (ulysses or 1) * (ring or 1)
-            splits = guided and num_ranks % (2 * fixed) == 0
-            cfg = 2 if splits and (ulysses is None or num_ranks == 2 * fixed) else 1
-        ring = 1 if ring is None else ring
-        if ulysses is None:
-            ulysses = max(1, num_ranks // max(1, cfg * ring))
-        degrees = cls(ulysses, ring, cfg)
-        if degrees.num_ranks != num_ranks:
-            raise ValueError(f"{degrees.describe()} is {degrees.num_ranks} ranks, but {num_ranks} were started")
-        return degrees
+DEFAULT_TIMEOUT = 30.0
+_SLICE = datetime.timedelta(seconds=0.5)  # between two looks at the peers while a CPU collective runs
+# Rank 0 may keep the others waiting between chunks for as long as its caller likes; the watch ends a wait in vain.
+_NEVER = datetime.timedelta(days=365)
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
-class Traffic:
-    """Bytes this rank sent to others, and collective calls, by purpose."""
+class Pending:
+    """A collective under way; wait returns what arrived."""
 
-    bytes_sent: Counter[str] = field(default_factory=Counter)
-    calls: Counter[str] = field(default_factory=Counter)
+    context: ContextParallel
+    work: object
+    received: Tensor
+    device: torch.device
 
-    def count(self, purpose: str, num_bytes: int) -> None:
-        self.bytes_sent[purpose] += num_bytes
-        self.calls[purpose] += 1
+    def wait(self) -> Tensor:
+        self.context._finish(self.work, self.received)
+        return self.received.to(self.device)
 
 
 class ContextParallel:
-    """This process among its peers. A single process is an ordinary value with one rank and no groups."""
+    """This process among its peers. A single process is an ordinary value with one rank and no groups.
+
+    Made by single, from_torchrun, from_process_group or from_groups.
+    """
 
     def __init__(
         self,
@@ -88,8 +50,9 @@ class ContextParallel:
         degrees: Degrees,
         *,
         global_ranks: Sequence[int] = (0,),
-        groups: dict[str, ProcessGroup] | None = None,
+        groups: Mapping[str, ProcessGroup] | None = None,
         control: ProcessGroup = None,
+        watch: Watch | None = None,
     ) -> None:
         self.rank, self.degrees = rank, degrees
         self._global_ranks = tuple(global_ranks)
@@ -98,8 +61,9 @@ class ContextParallel:
         self.ring_rank = rank // degrees.ulysses % degrees.ring
         self.cfg_rank = rank // (degrees.ulysses * degrees.ring)
         self.traffic = Traffic()
-        self._groups = groups or {}
+        self._groups = dict(groups or {})
         self._control = control
+        self._watch = watch
 
     @classmethod
     def single(cls) -> ContextParallel:
@@ -107,26 +71,116 @@ class ContextParallel:
         return cls(0, Degrees(1))
 
     @classmethod
-    def from_process_group(cls, degrees: Degrees, *, ranks: Sequence[int] | None = None) -> ContextParallel | None:
+    def from_torchrun(
+        cls,
+        *,
+        ulysses: int | None = None,
+        ring: int | None = None,
+        cfg: int | None = None,
+        device: str = "auto",
+        guided: bool = False,
+        rank_timeout: float = DEFAULT_TIMEOUT,
+    ) -> ContextParallel:
+        """The ranks torchrun started, their process group initialised; a single process outside torchrun.
+
+        Degrees left out follow Degrees.choose. See parallel/launch.py, which the command line uses too.
+        """
+        from helios_engine.config import ParallelConfig
+        from helios_engine.parallel import launch
+
+        config = ParallelConfig(ulysses_degree=ulysses, ring_degree=ring, cfg_degree=cfg, rank_timeout=rank_timeout)
+        return launch.from_torchrun(config, device=launch.own_device(device), guided=guided)
+
+    @classmethod
+    def from_process_group(
+        cls, degrees: Degrees, *, ranks: Sequence[int] | None = None, rank_timeout: float | None = DEFAULT_TIMEOUT
+    ) -> ContextParallel | None:
         """Groups over some ranks of a process group that somebody has initialised; all of them by default.
 
         Collective over the whole process group: every rank calls it, and those that are not in ranks get None. A gloo
-        group is made beside the data groups for control words.
+        group is made beside the data groups for control words. rank_timeout is in seconds: when a rank raises, dies
+        or hangs, the others raise RankFailure within it; None leaves that to the process group's own timeout.
         """
         members = tuple(range(dist.get_world_size()) if ranks is None else ranks)
         if len(members) != degrees.num_ranks:
             raise ValueError(f"{degrees.describe()} need {degrees.num_ranks} ranks, but there are {len(members)}")
         here = dist.get_rank()
-        control = dist.new_group(list(members), backend="gloo")
-        groups = {}
-        for name, lists in _mesh(degrees).items():
+        control = dist.new_group(list(members), backend="gloo", timeout=_NEVER)
+        groups: dict[str, ProcessGroup] = {}
+        for name, lists in mesh(degrees).items():
             for relative in lists:  # every rank takes part in making every group
                 group = dist.new_group([members[rank] for rank in relative])
                 if here in members and members.index(here) in relative:
                     groups[name] = group
         if here not in members:
             return None
-        return cls(members.index(here), degrees, global_ranks=members, groups=groups, control=control)
+        return cls._watched(members, degrees, groups, control, rank_timeout)
+
+    @classmethod
+    def from_groups(
+        cls,
+        *,
+        ulysses: ProcessGroup = None,
+        ring: ProcessGroup = None,
+        cfg: ProcessGroup = None,
+        sequence: ProcessGroup = None,
+        everyone: ProcessGroup = None,
+        control: ProcessGroup = None,
+        rank_timeout: float | None = DEFAULT_TIMEOUT,
+    ) -> ContextParallel:
+        """A host's own process groups; a group left out has degree 1.
+
+        sequence (ring x ulysses ranks) is needed beside both, everyone beside cfg and a sequence. control is a gloo group
+        over all ranks and is made if left out, which is collective over those ranks. Raises ValueError when the groups
+        do not form a cfg x ring x ulysses mesh with ulysses innermost.
+        """
+        given = {"ulysses": ulysses, "ring": ring, "cfg": cfg, "sequence": sequence, "all": everyone}
+        given["sequence"] = sequence or _only(ulysses, ring, "sequence")
+        given["all"] = everyone or _only(given["sequence"], cfg, "everyone")
+        if given["all"] is None:
+            return cls.single()
+        members = dist.get_process_group_ranks(given["all"])
+        sizes = {name: 1 if group is None else dist.get_world_size(group) for name, group in given.items()}
+        degrees = Degrees(sizes["ulysses"], sizes["ring"], sizes["cfg"])
+        if degrees.num_ranks != len(members):
+            raise ValueError(f"{degrees.describe()} is {degrees.num_ranks} ranks, but the groups span {len(members)}")
+        here = members.index(dist.get_rank())
+        for name, lists in mesh(degrees).items():
+            expected = [members[rank] for rank in next(ranks for ranks in lists if here in ranks)]
+            found = [dist.get_rank()] if given[name] is None else dist.get_process_group_ranks(given[name])
+            if found != expected:
+                raise ValueError(
+                    f"the {name} group holds ranks {found}, but {degrees.describe()} over ranks {members} needs {expected}"
+                )
+        if control is None:
+            control = dist.new_group(members, backend="gloo", timeout=_NEVER, use_local_synchronization=True)
+        groups = {name: group for name, group in given.items() if group is not None}
+        return cls._watched(tuple(members), degrees, groups, control, rank_timeout)
+
+    @classmethod
+    def _watched(
+        cls,
+        members: tuple[int, ...],
+        degrees: Degrees,
+        groups: dict[str, ProcessGroup],
+        control: ProcessGroup,
+        rank_timeout: float | None,
+    ) -> ContextParallel:
+        if len(members) == 1:
+            return cls(0, degrees, global_ranks=members, groups=groups, control=control)
+        token = torch.tensor([secrets.randbits(62)])
+        dist.broadcast(token, members[0], group=control)
+        # The store behind the default group: on every rank already, and there is no public way to it.
+        store = dist.PrefixStore(f"helios/{token.item()}", dist.distributed_c10d._get_default_store())
+        rank = members.index(dist.get_rank())
+
+        def abort() -> None:
+            for group in groups.values():
+                if dist.get_backend(group) == "nccl":  # its kernels would wait for the lost rank for ever
+                    group._get_backend(torch.device("cuda")).abort()
+
+        watch = Watch(store, rank, len(members), timeout=rank_timeout, on_failure=abort)
+        return cls(rank, degrees, global_ranks=members, groups=groups, control=control, watch=watch)
 
     @property
     def sequence_rank(self) -> int:
@@ -142,74 +196,205 @@ class ContextParallel:
         """Rank 0: the one that talks to the user and holds frames."""
         return self.rank == 0
 
-    def all_to_all(self, send: Tensor, *, send_counts: list[int], receive_counts: list[int], purpose: str) -> Tensor:
-        """Exchange slices of a flat buffer inside the Ulysses group; counts are elements per member."""
-        received = send.new_empty(sum(receive_counts))
-        own = send_counts[self.ulysses_rank]
+    @property
+    def is_broken(self) -> bool:
+        """True once a rank has failed: nothing more can be exchanged."""
+        return self._watch is not None and self._watch.has_failed
+
+    def agreed(self, prepare: Callable[[], T], facts: Callable[[T], Mapping[str, str]]) -> T:
+        """What prepare returns, when it works on every rank and facts of it are equal on all; no collective.
+
+        Raises ValueError on every rank when one rank's prepare raises ValueError or OSError, or facts differ.
+        """
+        return prepare() if self._watch is None else self._watch.agreed(prepare, facts)
+
+    @contextlib.contextmanager
+    def guard(self, expected: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+        """Around work that talks to other ranks: what this rank raises inside, the others hear of.
+
+        expected are exceptions that all ranks raise together.
+        """
+        if self._watch is None:
+            yield
+            return
+        self._watch.check()
+        try:
+            yield
+            self._watch.check()  # an aborted exchange on a GPU ends as if it had worked
+        except expected:
+            raise
+        except BaseException as error:
+            self._watch.report(error)
+            raise
+
+    def cause_of_stop(self) -> RankFailure | None:
+        """After this rank was interrupted: the other rank's failure that led to it, if that was it."""
+        return None if self._watch is None else self._watch.cause_of_stop()
+
+    def exchange_text(self, text: str) -> list[str]:
+        """Every rank's text in rank order; for small facts, away from the data groups."""
+        return [text] if self._watch is None else self._watch.exchange(text)
+
+    def all_to_all(
+        self, send: Tensor, *, send_counts: list[int], receive_counts: list[int], purpose: str, group: str = "ulysses"
+    ) -> Tensor:
+        """Exchange slices of a flat buffer inside a group; counts are elements per member."""
+        return self.start_all_to_all(
+            send, send_counts=send_counts, receive_counts=receive_counts, purpose=purpose, group=group
+        ).wait()
+
+    def start_all_to_all(
+        self, send: Tensor, *, send_counts: list[int], receive_counts: list[int], purpose: str, group: str
+    ) -> Pending:
+        """The same, under way while the caller goes on; send must stay as it is until wait."""
+        own = send_counts[self._index(group)]
         self.traffic.count(purpose, (send.numel() - own) * send.element_size())
-        dist.all_to_all_single(received, send, receive_counts, send_counts, group=self._groups["ulysses"])
-        return received
+        source = self._staged(send, group)
+        received = source.new_empty(sum(receive_counts))
+        work = dist.all_to_all_single(
+            received, source, receive_counts, send_counts, group=self._groups[group], async_op=True
+        )
+        return Pending(self, work, received, send.device)
 
-    def rotate(self, send: Tensor, receive: Tensor, purpose: str) -> list[object]:
-        """Start sending a buffer to the next rank of the ring and receiving the previous one's; wait on what is returned."""
-        here, ring = self.rank, self.degrees.ring
-        base = here - self.ring_rank * self.degrees.ulysses
-        following = base + (self.ring_rank + 1) % ring * self.degrees.ulysses
-        previous = base + (self.ring_rank - 1) % ring * self.degrees.ulysses
-        self.traffic.count(purpose, send.numel() * send.element_size())
-        group, ranks = self._groups["ring"], self._global_ranks
-        operations = []
-        if send.numel():
-            operations.append(dist.P2POp(dist.isend, send, ranks[following], group=group))
-        if receive.numel():
-            operations.append(dist.P2POp(dist.irecv, receive, ranks[previous], group=group))
-        return dist.batch_isend_irecv(operations) if operations else []
+    def rotate(self, send: Tensor, num_arriving: int, purpose: str) -> Pending:
+        """Pass a flat buffer to the next rank of the ring and take the previous one's, num_arriving elements."""
+        ring = self.degrees.ring
+        following, previous = (self.ring_rank + 1) % ring, (self.ring_rank - 1) % ring
+        send_counts, receive_counts = [0] * ring, [0] * ring
+        send_counts[following], receive_counts[previous] = send.numel(), num_arriving
+        return self.start_all_to_all(
+            send, send_counts=send_counts, receive_counts=receive_counts, purpose=purpose, group="ring"
+        )
 
-    def gather_rows(self, rows_BnC: Tensor, counts: tuple[int, ...], purpose: str) -> Tensor:
-        """All sequence ranks' rows in rank order, [B, sum(counts), C]; shorter shares travel padded to the longest."""
-        if self.sequence_size == 1:
+    def gather_rows(self, rows_BnC: Tensor, counts: Sequence[int], purpose: str, *, group: str = "sequence") -> Tensor:
+        """All members' rows in rank order, [B, sum(counts), C]; shorter shares travel padded to the longest."""
+        if len(counts) == 1:
             return rows_BnC
         batch, own, width = rows_BnC.shape
-        longest = max(counts)
-        send = rows_BnC.new_zeros(batch, longest, width)
+        send = rows_BnC.new_zeros(batch, max(counts), width)
         send[:, :own] = rows_BnC
-        received = _all_gather(send, len(counts), self._groups["sequence"])
+        received = self._all_gather(send, len(counts), group)
         self.traffic.count(purpose, send.numel() * send.element_size() * (len(counts) - 1))
         return torch.cat([received[rank, :, :count] for rank, count in enumerate(counts)], dim=1)
 
+    def collect_on_first(self, rows: Tensor, counts: Sequence[int], purpose: str) -> Tensor | None:
+        """Rank 0 of all gets every rank's rows [sum(counts), ...] in rank order, the others None."""
+        unit = rows[0].numel() if len(rows) else 0
+        send_counts, receive_counts = [0] * self.size, [0] * self.size
+        send_counts[0] = rows.numel()
+        if self.is_first:
+            receive_counts = [count * unit for count in counts]
+        received = self.all_to_all(
+            rows.reshape(-1), send_counts=send_counts, receive_counts=receive_counts, purpose=purpose, group="all"
+        )
+        return received.view(sum(counts), *rows.shape[1:]) if self.is_first else None
+
     def exchange_branches(self, rows: Tensor, purpose: str) -> tuple[Tensor, Tensor]:
         """(branch 0's rows, branch 1's rows) from each half's own."""
-        received = _all_gather(rows, 2, self._groups["cfg"])
+        received = self._all_gather(rows, 2, "cfg")
         self.traffic.count(purpose, rows.numel() * rows.element_size())
         return received[0], received[1]
+
+    def broadcast(self, tensor: Tensor, purpose: str) -> Tensor:
+        """Rank 0's tensor on every rank; the others pass one of the same shape and dtype, which is overwritten."""
+        if self.size == 1:
+            return tensor
+        if self.is_first:
+            self.traffic.count(purpose, tensor.numel() * tensor.element_size() * (self.size - 1))
+        staged = self._staged(tensor.contiguous(), "all")
+        work = dist.broadcast(staged, self._global_ranks[0], group=self._groups["all"], async_op=True)
+        self._finish(work, staged)
+        return staged.to(tensor.device)
 
     def word(self, value: int) -> int:
         """Rank 0's value on every rank; small, on the CPU, through the control group."""
         if self.size == 1:
             return value
         tensor = torch.tensor([value], dtype=torch.int64)
-        dist.broadcast(tensor, self._global_ranks[0], group=self._control)
+        self._tell(tensor)
         return int(tensor.item())
+
+    def share_bytes(self, data: bytes | None) -> bytes:
+        """Rank 0's bytes on every rank, through the control group; the others pass None."""
+        if self.size == 1:
+            return data
+        length = self.word(len(data) if self.is_first else 0)
+        buffer = torch.empty(length, dtype=torch.uint8)
+        if self.is_first and length:
+            buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        self._tell(buffer)
+        return buffer.numpy().tobytes()
+
+    def gather_numbers(self, numbers: Sequence[int]) -> list[list[int]]:
+        """Every rank's numbers (64 bits each, as many on all), in rank order, through the control group."""
+        if self.size == 1:
+            return [list(numbers)]
+        send = torch.tensor(list(numbers), dtype=torch.int64)
+        received = torch.empty(self.size * len(send), dtype=torch.int64)
+        work = _gather_function()(received, send, group=self._control, async_op=True)
+        self._finish(work, received)
+        return received.view(self.size, -1).tolist()
 
     def describe(self) -> str:
         return f"{self.size} rank{'s' * (self.size > 1)}, {self.degrees.describe()}"
 
+    def close(self) -> None:
+        """Stop looking after the other ranks; the process groups are their maker's to end."""
+        if self._watch is not None:
+            self._watch.close()
 
-def _all_gather(send: Tensor, count: int, group: ProcessGroup) -> Tensor:
-    """Every member's equal-sized tensor, [count, *shape]."""
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
-    received = send.new_empty(count * send.numel())
-    gather(received, send.reshape(-1), group=group)
-    return received.view(count, *send.shape)
+    def _tell(self, tensor: Tensor) -> None:
+        work = dist.broadcast(tensor, self._global_ranks[0], group=self._control, async_op=True)
+        self._finish(work, tensor)
+
+    def _index(self, group: str) -> int:
+        indices = {"ulysses": self.ulysses_rank, "ring": self.ring_rank, "cfg": self.cfg_rank, "all": self.rank}
+        return self.sequence_rank if group == "sequence" else indices[group]
+
+    def _staged(self, tensor: Tensor, group: str) -> Tensor:
+        """On the CPU for gloo, which has no exchange of GPU memory for every call; as it is otherwise."""
+        is_gloo = tensor.is_cuda and dist.get_backend(self._groups[group]) == "gloo"
+        return tensor.cpu() if is_gloo else tensor
+
+    def _all_gather(self, send: Tensor, count: int, group: str) -> Tensor:
+        """Every member's equal-sized tensor, [count, *shape]."""
+        source = self._staged(send, group).reshape(-1)
+        received = source.new_empty(count * source.numel())
+        work = _gather_function()(received, source, group=self._groups[group], async_op=True)
+        self._finish(work, received)
+        return received.to(send.device).view(count, *send.shape)
+
+    def _finish(self, work: object, received: Tensor) -> None:
+        """Wait for a collective, but not for a rank that is gone."""
+        if received.is_cuda:  # orders the stream and comes back at once; the watch aborts what hangs on the device
+            work.wait()
+            return
+        try:
+            while not _is_done(work):
+                if self._watch is not None:
+                    self._watch.check()
+        except RankFailure:
+            raise
+        except RuntimeError as error:
+            raise self._watch.explain(error) if self._watch is not None else error from error
 
 
-def _mesh(degrees: Degrees) -> dict[str, list[list[int]]]:
-    """The member ranks of every group of each kind."""
-    ulysses, ring, cfg = degrees.ulysses, degrees.ring, degrees.cfg
-    sequence = ulysses * ring
-    return {
-        "sequence": [[c * sequence + s for s in range(sequence)] for c in range(cfg)],
-        "ulysses": [[c * sequence + r * ulysses + u for u in range(ulysses)] for c in range(cfg) for r in range(ring)],
-        "ring": [[c * sequence + r * ulysses + u for r in range(ring)] for c in range(cfg) for u in range(ulysses)],
-        "cfg": [[c * sequence + s for c in range(cfg)] for s in range(sequence)],
-    }
+def _is_done(work: object) -> bool:
+    try:
+        work.wait(_SLICE)
+    except RuntimeError:
+        if not work.is_completed():
+            return False
+        work.wait()  # it completed meanwhile, or this says what went wrong
+    return True
+
+
+def _gather_function() -> Callable[..., object]:
+    return getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
+
+
+def _only(first: ProcessGroup, second: ProcessGroup, name: str) -> ProcessGroup:
+    """The one that is given, None for neither. Both need a group over their product."""
+    if first is not None and second is not None:
+        raise ValueError(f"two kinds of groups need the group over both as well; give {name}")
+    return first or second

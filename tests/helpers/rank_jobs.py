@@ -8,13 +8,16 @@ import torch
 from torch import Tensor
 
 from helios_engine import Engine, EngineConfig, VideoRequest
-from helios_engine.config import ModelConfig
+from helios_engine.config import ModelConfig, VaeConfig
 from helios_engine.model.embed import HistoryWindow
+from helios_engine.model.slab import Slab
 from helios_engine.model.transformer import Transformer, init_random_
+from helios_engine.model.vae import VideoAutoencoder
 from helios_engine.ops.attention import choose_attention
 from helios_engine.parallel.attention import SequenceAttention
-from helios_engine.parallel.context import ContextParallel, Degrees
+from helios_engine.parallel.context import ContextParallel
 from helios_engine.parallel.layout import TokenLayout
+from helios_engine.parallel.mesh import Degrees
 
 CPU = torch.device("cpu")
 
@@ -22,7 +25,7 @@ CPU = torch.device("cpu")
 @functools.cache
 def context(degrees: tuple[int, int, int]) -> ContextParallel | None:
     wanted = Degrees(*degrees)
-    return ContextParallel.from_process_group(wanted, ranks=range(wanted.num_ranks))
+    return ContextParallel.from_process_group(wanted, ranks=range(wanted.num_ranks), rank_timeout=None)
 
 
 def whole_qkv(history: int, noisy: int, heads: int, head_dim: int, batch: int, dtype: torch.dtype) -> Tensor:
@@ -37,7 +40,12 @@ def own_rows(whole: Tensor, layout: TokenLayout, rank: int) -> Tensor:
 
 
 def attend(
-    parallel: ContextParallel, *, sizes: tuple[int, int, int, int, int], dtype: torch.dtype, noisy_only: bool
+    parallel: ContextParallel,
+    *,
+    sizes: tuple[int, int, int, int, int],
+    dtype: torch.dtype,
+    noisy_only: bool,
+    ring_method: str = "rotate",
 ) -> Tensor:
     """This rank's attended rows."""
     history, noisy, heads, head_dim, batch = sizes
@@ -46,7 +54,7 @@ def attend(
     own = own_rows(whole_qkv(history, noisy, heads, head_dim, batch, dtype), layout, parallel.sequence_rank)
     if noisy_only:  # these queries must not be read
         own[:, : layout.history[parallel.sequence_rank], 0] = float("nan")
-    return SequenceAttention(parallel, attention)(own, layout, noisy_only=noisy_only)
+    return SequenceAttention(parallel, attention, ring_method=ring_method)(own, layout, noisy_only=noisy_only)
 
 
 def scatter_heads(parallel: ContextParallel, *, sizes: tuple[int, int, int, int, int], dtype: torch.dtype) -> Tensor:
@@ -112,13 +120,15 @@ def word(parallel: ContextParallel, *, values: list[int]) -> int:
 
 
 @functools.lru_cache(maxsize=2)
-def engine(folder: str, parallel: ContextParallel) -> Engine:
-    return Engine.load(folder, EngineConfig(device="cpu", dtype="float32"), parallel)
+def engine(folder: str, parallel: ContextParallel, **settings: object) -> Engine:
+    return Engine.load(folder, EngineConfig(device="cpu", dtype="float32", **settings), parallel)
 
 
-def generate(parallel: ContextParallel, *, folder: str, arguments: dict) -> tuple[Tensor, object]:
+def generate(
+    parallel: ContextParallel, *, folder: str, arguments: dict, settings: dict | None = None
+) -> tuple[Tensor, object]:
     """A whole video: latents, and frames on rank 0."""
-    video = engine(folder, parallel).generate(VideoRequest(**arguments))
+    video = engine(folder, parallel, **(settings or {})).generate(VideoRequest(**arguments))
     return video.latents, video.frames
 
 
@@ -149,3 +159,62 @@ def refuse(parallel: ContextParallel, *, folder: str, arguments: dict) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+def vae(config: dict) -> VideoAutoencoder:
+    """A random autoencoder, the same on every rank."""
+    autoencoder = VideoAutoencoder(VaeConfig(**config))
+    init_random_(autoencoder, 0)
+    return autoencoder.requires_grad_(False).channels_last_()
+
+
+def vae_rows(
+    parallel: ContextParallel, *, config: dict, size: tuple[int, int], frames_per_call: int | None
+) -> tuple[Tensor | None, tuple[Tensor, Tensor], dict[str, int]]:
+    """(decoded frames on rank 0, mean and deviation of an encoded clip, bytes sent) of pictures shared by rows."""
+    autoencoder = vae(config)
+    slab = Slab(parallel, size[0])
+    parallel.traffic.bytes_sent.clear()
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(1, config["z_dim"], 3, *size, generator=generator)
+    pixels = autoencoder.decode(latents, frames_per_call=frames_per_call, slab=slab)
+    frames = slab.collect_frames(pixels[0].permute(1, 2, 3, 0).contiguous())
+    clip = torch.rand(1, 3, 9, size[0] * 8, size[1] * 8, generator=generator) * 2 - 1
+    moments = autoencoder.encode(clip, frames_per_call=frames_per_call, slab=slab)
+    return frames, moments, dict(parallel.traffic.bytes_sent)
+
+
+def disagree(parallel: ContextParallel, *, ranks: list[int]) -> str:
+    """What the check of latents says when some ranks' differ in one bit."""
+    from helios_engine.engine.checks import check_same_latents
+
+    latents = torch.arange(24.0).view(1, 2, 3, 4)
+    if parallel.rank in ranks:
+        latents[0, 1, 2, 3] = 23.000002
+    try:
+        check_same_latents(parallel, 1, 2, latents)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def share_bytes(parallel: ContextParallel, *, data: bytes) -> bytes:
+    return parallel.share_bytes(data if parallel.is_first else None)
+
+
+def host_groups(parallel: ContextParallel, *, wrong: bool) -> Tensor | str:
+    """Attention through groups that a host made, four ranks as 2 x 2, against this pool's own context."""
+    from torch import distributed as dist
+
+    row, column = parallel.rank // 2, parallel.rank % 2
+    groups = {
+        "ulysses": parallel._groups["ring" if wrong else "ulysses"],
+        "ring": parallel._groups["ulysses" if wrong else "ring"],
+        "sequence": parallel._groups["sequence"],
+    }
+    try:
+        own = ContextParallel.from_groups(**groups, rank_timeout=None)
+    except ValueError as error:
+        return str(error)
+    assert (own.ring_rank, own.ulysses_rank, own.sequence_rank) == (row, column, dist.get_rank())
+    return attend(own, sizes=(7, 12, 4, 8, 1), dtype=torch.float32, noisy_only=False)

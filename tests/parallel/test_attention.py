@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from helios_engine.ops.reference import merge_partials_
-from helios_engine.parallel.context import ContextParallel, Degrees
+from helios_engine.parallel.context import ContextParallel
 from helios_engine.parallel.layout import TokenLayout
+from helios_engine.parallel.mesh import Degrees
 from tests.helpers import rank_jobs
 
 # history, noisy, heads, head dim, batch
@@ -35,6 +36,17 @@ def test_sharded_equals_whole(ranks, degrees, noisy_only: bool, sizes) -> None:
             own = own[:, layout.history[rank] :]
         assert rows.shape == own.shape
         torch.testing.assert_close(rows.double(), own, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("degrees", [(1, 2, 1), (1, 3, 1), (2, 2, 1), (3, 2, 1), (1, 8, 1)], ids=str)
+def test_gathered_ring_equals_whole(ranks, degrees, sizes) -> None:
+    settings = {"sizes": sizes, "dtype": torch.float32, "noisy_only": False, "ring_method": "allgather"}
+    results = ranks.run("attend", degrees, **settings)
+    layout = TokenLayout.make(*sizes[:3], num_ranks=len(results), ulysses=degrees[0])
+    expected = _expected(sizes, torch.float32)
+    for rank, rows in enumerate(results):
+        torch.testing.assert_close(rows.double(), rank_jobs.own_rows(expected, layout, rank), rtol=0, atol=2e-6)
 
 
 # A ring's partial results arrive rounded to bfloat16, one rounding per partial; Ulysses adds none.

@@ -10,11 +10,18 @@ import numpy as np
 import pytest
 import torch
 
+from helios_engine import VideoRequest
 from helios_engine.cli import main
 from tests.helpers import oracle
 
 TOLERANCE = 1e-4
 SCHEMES = {2: (2, 1, 1), 3: (3, 1, 1), 4: (2, 2, 1)}
+SETTINGS = [
+    ({"ring_method": "allgather"}, (1, 2, 1)),
+    ({"shard_vae": False}, (2, 1, 1)),
+    ({"text_encoder_ranks": "all"}, (2, 1, 1)),
+    ({"check_ranks": True}, (2, 2, 1)),
+]
 SMALL = {"prompt": "A red fox", "height": 64, "width": 64, "max_sequence_length": 16}
 
 
@@ -97,3 +104,40 @@ def test_ranks_import_no_oracle() -> None:
     code = "import sys, tests.helpers.rank_jobs; print('diffusers' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(("settings", "degrees"), SETTINGS, ids=str)
+def test_every_setting_gives_the_same_video(ranks, toy, engines, settings, degrees) -> None:
+    arguments = {**SMALL, "num_frames": 33, "steps": (1, 1, 1), "amplify_first_chunk": False, "frames": "float32"}
+    expected = engines("distilled").generate(VideoRequest(**arguments))
+    results = ranks.run("generate", degrees, folder=str(toy / "distilled"), arguments=arguments, settings=settings)
+    for latents, _ in results:
+        assert (latents - expected.latents).abs().max() <= TOLERANCE
+    assert np.abs(results[0][1] - expected.frames).max() <= TOLERANCE
+
+
+def test_more_ranks_than_latent_rows_decode_on_the_first(ranks, toy, engines) -> None:
+    arguments = {**SMALL, "height": 16, "num_frames": 33, "steps": 1, "guidance_scale": 1.0, "frames": "float32"}
+    expected = engines("base").generate(VideoRequest(**arguments))
+    results = ranks.run("generate", (3, 1, 1), folder=str(toy / "base"), arguments=arguments)
+    assert np.abs(results[0][1] - expected.frames).max() <= TOLERANCE
+
+
+def test_latents_that_differ_are_found(ranks) -> None:
+    assert ranks.run("disagree", (3, 1, 1), ranks=[]) == [""] * 3
+    expected = "after stage 1, step 2 the latents of ranks [2] differ from rank 0's"
+    assert ranks.run("disagree", (3, 1, 1), ranks=[2]) == [expected] * 3
+
+
+def test_bytes_of_rank_0_reach_all(ranks) -> None:
+    data = bytes(range(256)) * 40
+    assert ranks.run("share_bytes", (3, 1, 1), data=data) == [data] * 3
+    assert ranks.run("share_bytes", (2, 1, 1), data=b"") == [b""] * 2
+
+
+def test_a_hosts_own_groups_serve(ranks) -> None:
+    expected = ranks.run("attend", (2, 2, 1), sizes=(7, 12, 4, 8, 1), dtype=torch.float32, noisy_only=False)
+    results = ranks.run("host_groups", (2, 2, 1), wrong=False)
+    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+    wrong = ranks.run("host_groups", (2, 2, 1), wrong=True)
+    assert all("the ulysses group holds ranks" in text for text in wrong)
