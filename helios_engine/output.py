@@ -72,15 +72,23 @@ def _check_encoder(name: str, height: int, width: int) -> None:
 
 
 def open_writer(
-    path: str | Path, *, fps: int, metadata: Mapping[str, object] | None = None, encoder: str = DEFAULT_ENCODER
+    path: str | Path,
+    *,
+    fps: int,
+    metadata: Mapping[str, object] | None = None,
+    encoder: str = DEFAULT_ENCODER,
+    repeatable: bool = False,
 ) -> Writer:
-    """A writer by suffix: .mp4 (H.264), .npy (frames), .safetensors (float32 latents, held until the end)."""
+    """A writer by suffix: .mp4 (H.264), .npy (frames), .safetensors (float32 latents, held until the end).
+
+    repeatable encodes with one thread: with several, libx264 now and then gives other bytes for the same frames.
+    """
     path = Path(path)
     check_output(path, encoder if path.suffix == ".mp4" else DEFAULT_ENCODER)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(dict(metadata or {}), ensure_ascii=False)
     if path.suffix == ".mp4":
-        return Mp4Writer(path, fps=fps, metadata=text, encoder=encoder)
+        return Mp4Writer(path, fps=fps, metadata=text, encoder=encoder, repeatable=repeatable)
     if path.suffix == ".npy":
         return NpyWriter(path)
     return LatentsWriter(path, metadata=text)
@@ -139,8 +147,9 @@ def frames_uint8(chunk: VideoChunk) -> np.ndarray:
 class Mp4Writer(_FileWriter):
     """H.264 in yuv420p, index at the front so that players start before the download ends."""
 
-    def __init__(self, path: Path, *, fps: int, metadata: str, encoder: str) -> None:
+    def __init__(self, path: Path, *, fps: int, metadata: str, encoder: str, repeatable: bool = False) -> None:
         super().__init__(path)
+        self._repeatable = repeatable
         self._fps, self._metadata, self._encoder = fps, metadata, encoder
         self._container = None
         self._stream = None
@@ -163,7 +172,7 @@ class Mp4Writer(_FileWriter):
         self._stream = self._container.add_stream(self._encoder, rate=self._fps)
         self._stream.height, self._stream.width, self._stream.pix_fmt = height, width, "yuv420p"
         if self._encoder == DEFAULT_ENCODER:
-            self._stream.options = {"crf": "18"}
+            self._stream.options = {"crf": "18"} | ({"threads": "1"} if self._repeatable else {})
 
     def _finish(self) -> None:
         if self._container is None:

@@ -40,7 +40,7 @@ class Recording:
         if (self.folder / _STATE).exists():
             self.state_bytes = (self.folder / _STATE).read_bytes()
             state = SessionState.load(self.folder / _STATE)
-            if missing := [part for part in self._parts(state.index) if not part.exists()]:
+            if missing := [part for part in self.parts(state.index) if not part.exists()]:
                 raise ValueError(f"checkpoint-dir {folder} is damaged: {missing[0].name} is missing")
 
     def begin(self) -> None:
@@ -73,7 +73,8 @@ class Recording:
                     "the same arguments"
                 )
 
-    def _parts(self, count: int) -> list[Path]:
+    def parts(self, count: int) -> list[Path]:
+        """The files of the first count chunks."""
         return [self.folder / f"chunk_{index:05d}{self._suffix}" for index in range(count)]
 
 
@@ -92,21 +93,22 @@ class RecordingWriter:
     ) -> None:
         self._recording, self._path, self._state = recording, path, state
         self._fps, self._metadata, self._encoder = fps, metadata, encoder
+        self._num_chunks = state().index
         recording.begin()
 
     def write(self, chunk: VideoChunk) -> None:
         """Keep the chunk, then the state that counts it."""
-        part = self._recording._parts(chunk.index + 1)[-1]
-        with open_writer(part, fps=self._fps, encoder=self._encoder) as writer:
+        part = self._recording.parts(chunk.index + 1)[-1]
+        with open_writer(part, fps=self._fps, encoder=self._encoder, repeatable=True) as writer:
             writer.write(chunk)
         self._state().save(self._recording.folder / _STATE)
+        self._num_chunks = chunk.index + 1
 
     def __enter__(self) -> RecordingWriter:
         return self
 
     def __exit__(self, error_type: type | None, *_: object) -> None:
         if error_type is None:
-            count = self._state().index
-            if not count:
+            if not self._num_chunks:
                 raise ValueError(f"{self._path}: no frames were made, nothing to write")
-            concatenate(self._recording._parts(count), self._path, metadata=self._metadata)
+            concatenate(self._recording.parts(self._num_chunks), self._path, metadata=self._metadata)
