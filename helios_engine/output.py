@@ -81,7 +81,7 @@ def open_writer(
 ) -> Writer:
     """A writer by suffix: .mp4 (H.264), .npy (frames), .safetensors (float32 latents, held until the end).
 
-    repeatable encodes with one thread: with several, libx264 now and then gives other bytes for the same frames.
+    repeatable does without libx264's mbtree, with which small pictures now and then come out as other bytes.
     """
     path = Path(path)
     check_output(path, encoder if path.suffix == ".mp4" else DEFAULT_ENCODER)
@@ -172,7 +172,7 @@ class Mp4Writer(_FileWriter):
         self._stream = self._container.add_stream(self._encoder, rate=self._fps)
         self._stream.height, self._stream.width, self._stream.pix_fmt = height, width, "yuv420p"
         if self._encoder == DEFAULT_ENCODER:
-            self._stream.options = {"crf": "18"} | ({"threads": "1"} if self._repeatable else {})
+            self._stream.options = {"crf": "18"} | ({"x264-params": "mbtree=0"} if self._repeatable else {})
 
     def _finish(self) -> None:
         if self._container is None:

@@ -131,8 +131,8 @@ class ContextParallel:
         """A host's own process groups; a group left out has degree 1.
 
         sequence (ring x ulysses ranks) is needed beside both, everyone beside cfg and a sequence. control is a gloo group
-        over all ranks and is made if left out, which is collective over those ranks. Raises ValueError when the groups
-        do not form a cfg x ring x ulysses mesh with ulysses innermost.
+        over all these ranks; left out, it is made, if they are all ranks of the default group. Raises ValueError when the
+        groups do not form a cfg x ring x ulysses mesh with ulysses innermost.
         """
         given = {"ulysses": ulysses, "ring": ring, "cfg": cfg, "sequence": sequence, "all": everyone}
         given["sequence"] = sequence or _only(ulysses, ring, "sequence")
@@ -153,7 +153,12 @@ class ContextParallel:
                     f"the {name} group holds ranks {found}, but {degrees.describe()} over ranks {members} needs {expected}"
                 )
         if control is None:
-            control = dist.new_group(members, backend="gloo", timeout=_NEVER, use_local_synchronization=True)
+            # new_group with local synchronisation names groups after how many a rank is in already, which differs.
+            if len(members) < dist.get_world_size():
+                raise ValueError(
+                    f"control is needed: a gloo group over ranks {members}, which are not all ranks there are"
+                )
+            control = dist.new_group(members, backend="gloo", timeout=_NEVER)
         groups = {name: group for name, group in given.items() if group is not None}
         return cls._watched(tuple(members), degrees, groups, control, rank_timeout)
 

@@ -18,6 +18,7 @@ from helios_engine.parallel.attention import SequenceAttention
 from helios_engine.parallel.context import ContextParallel
 from helios_engine.parallel.layout import TokenLayout
 from helios_engine.parallel.mesh import Degrees
+from helios_engine.tools.toy import _init_vae_
 
 CPU = torch.device("cpu")
 
@@ -164,7 +165,7 @@ def refuse(parallel: ContextParallel, *, folder: str, arguments: dict) -> str:
 def vae(config: dict) -> VideoAutoencoder:
     """A random autoencoder, the same on every rank."""
     autoencoder = VideoAutoencoder(VaeConfig(**config))
-    init_random_(autoencoder, 0)
+    _init_vae_(autoencoder, 0)
     return autoencoder.requires_grad_(False).channels_last_()
 
 
@@ -212,8 +213,13 @@ def host_groups(parallel: ContextParallel, *, wrong: bool) -> Tensor | str:
         "ring": parallel._groups["ulysses" if wrong else "ring"],
         "sequence": parallel._groups["sequence"],
     }
+    for lacking in ({"sequence": None}, {}):
+        try:
+            ContextParallel.from_groups(**{**groups, **lacking}, rank_timeout=None)
+        except ValueError as error:
+            assert "give sequence" in str(error) or "control is needed" in str(error) or wrong
     try:
-        own = ContextParallel.from_groups(**groups, rank_timeout=None)
+        own = ContextParallel.from_groups(**groups, control=parallel._control, rank_timeout=None)
     except ValueError as error:
         return str(error)
     assert (own.ring_rank, own.ulysses_rank, own.sequence_rank) == (row, column, dist.get_rank())
