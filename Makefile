@@ -14,12 +14,16 @@ $(VENV)/.ready: pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcar
 	$(PIP) "$$(grep '^torch==' constraints.txt)"
 	$(PIP) setuptools wheel pybind11 ninja
 	$(PIP) --no-build-isolation -e '.[test]'
+	# The cross-check of tests/parallel/test_xfuser.py; the package asks for more than its attention needs.
+	$(PIP) --no-deps xfuser yunchang einops distvae
 	touch $@
 
+# Two ranks, on the CPU or on two GPUs; one where there is a single GPU.
 demo: $(VENV)/.ready
 	$(BIN)/helios-engine toy outputs/toy
+	ranks=$$($(BIN)/python -c 'import torch; print(1 if torch.cuda.device_count() == 1 else 2)') && \
 	$(BIN)/helios-engine generate --model outputs/toy/distilled --prompt "A red fox runs through fresh snow at sunrise." \
-	    --num-frames 66 --height 128 --width 192 --seed 42 --output outputs/demo.mp4
+	    --num-frames 66 --height 128 --width 192 --seed 42 --num-gpus $$ranks --output outputs/demo.mp4
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -m 'not full'

@@ -30,6 +30,7 @@ from helios_engine.model.transformer import TextContext, Transformer
 from helios_engine.model.vae import VideoAutoencoder
 from helios_engine.ops.attention import choose_attention
 from helios_engine.output import Video, collect
+from helios_engine.parallel.attention import check_exchange
 from helios_engine.parallel.context import ContextParallel
 from helios_engine.request import ChunkTiming, VideoChunk, VideoRequest
 from helios_engine.sampling.noise import NoiseSource
@@ -122,6 +123,8 @@ class Engine:
                 f"cfg degree 2 computes two guidance branches, but guidance_scale is {plan.recipe.guidance_scale:g}; "
                 "use cfg degree 1"
             )
+        for noisy_tokens in plan.tokens_per_stage:
+            self.transformer.check_tokens(plan.history_tokens + noisy_tokens)
         return plan
 
     @torch.no_grad()
@@ -400,7 +403,11 @@ def _checked(path_or_id: str | Path, config: EngineConfig, context: ContextParal
     """The checkpoint, its files and the settings checked before anything large is read."""
     device, dtype = resolve_device(config.device), resolve_dtype(config)
     checkpoint = Checkpoint.open(path_or_id, config.revision)
-    choose_attention(config.attention_backend, device=device, dtype=dtype, head_dim=checkpoint.model.attention_head_dim)
+    model = checkpoint.model
+    attention = choose_attention(
+        config.attention_backend, device=device, dtype=dtype, head_dim=model.attention_head_dim
+    )
+    check_exchange(config.exchange, context, num_heads=model.num_attention_heads, backend=attention.backend)
     checkpoint.check()
     return checkpoint
 

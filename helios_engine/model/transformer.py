@@ -92,6 +92,10 @@ class Transformer(nn.Module):
             parallel, attention, ring_method=ring_method, exchange=exchange
         )
 
+    def check_tokens(self, num_tokens: int) -> None:
+        """Raise ValueError where a forward over so many tokens cannot be shared by these ranks."""
+        self._sequence_attention.check_tokens(num_tokens)
+
     def encode_text(self, embeds_BTE: Tensor) -> TextContext:
         """The prompt's keys and values in every layer; once per prompt."""
         text_BTD = self.embed.text(embeds_BTE)

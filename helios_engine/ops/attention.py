@@ -20,7 +20,13 @@ logger = logging.getLogger(__name__)
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 AttendWithLse = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
-_FA3_MODULES = ("fa3_fwd_interface", "flash_attn_interface")
+# Dao-AILab's packages: backend -> modules that may hold flash_attn_func, the name to install, and the argument that asks
+# for the log-sum-exp too. All take [B, L, H, K] and give the log-sum-exp as float32 [B, H, L].
+_PACKAGES = {
+    "fa2": (("flash_attn",), "flash-attn", "return_attn_probs"),
+    "fa3": (("fa3_fwd_interface", "flash_attn_interface"), "fa3_fwd", "return_attn_probs"),
+    "fa4": (("flash_attn.cute",), "flash-attn-4", "return_lse"),
+}
 
 
 class Attention:
@@ -51,20 +57,19 @@ def choose_attention(name: str, *, device: torch.device, dtype: torch.dtype, hea
 
     On a GPU the order is FlashAttention-3 (Hopper, bfloat16, package installed), then torch's attention with cuDNN
     before flash (cuDNN is 1.7 to 2.3 times faster on Hopper than torch's own default order, transformers issue
-    48163), on the CPU torch's. Raises ValueError when an asked-for backend cannot run, saying why.
+    48163), on the CPU torch's. FlashAttention-2 and -4 run when asked for. Raises ValueError when a backend that was
+    asked for cannot run, saying why.
     """
-    reasons = {
-        candidate: _refusal(candidate, device, dtype, head_dim) for candidate in ("fa3", "cudnn", "flash", "sdpa")
-    }
     if name != "auto":
-        if reasons[name]:
-            raise ValueError(f"attention backend {name} cannot run: {reasons[name]}; use auto or another one")
+        if reason := _refusal(name, device, dtype, head_dim):
+            raise ValueError(f"attention backend {name} cannot run: {reason}; use auto or another one")
         return _make(name, device)
     if device.type == "cuda":
         for candidate in ("fa3", "cudnn", "flash"):
-            if not reasons[candidate]:
+            reason = _refusal(candidate, device, dtype, head_dim)
+            if reason is None:
                 return _make(candidate, device)
-            logger.info("attention: %s left out, %s", candidate, reasons[candidate])
+            logger.info("attention: %s left out, %s", candidate, reason)
     return _make("sdpa", device)
 
 
@@ -79,16 +84,18 @@ def _refusal(name: str, device: torch.device, dtype: torch.dtype, head_dim: int)
     if head_dim % 8 or head_dim > 256:
         return f"it needs a head size that is a multiple of 8 up to 256, this is {head_dim}"
     capability = torch.cuda.get_device_capability(device)
-    if name == "fa3":
+    if name in _PACKAGES:
         try:
-            _import_flash_attention_3()
+            _import_flash_attention(name)
         except (ImportError, AttributeError) as error:
-            return f"FlashAttention-3 cannot be imported ({error}); pip install fa3_fwd"
-        if capability[0] != 9 or dtype != torch.bfloat16:
-            return f"it needs bfloat16 on a Hopper GPU (sm_90), this is {dtype} on sm_{capability[0]}{capability[1]}"
-    elif capability[0] < 8:
+            return f"FlashAttention-{name[-1]} cannot be imported ({error}); pip install {_PACKAGES[name][1]}"
+    if name == "fa3" and (capability[0] != 9 or dtype != torch.bfloat16):
+        return f"it needs bfloat16 on a Hopper GPU (sm_90), this is {dtype} on sm_{capability[0]}{capability[1]}"
+    if name == "fa4" and capability[0] < 9:
+        return f"it needs sm_90 or newer, this is sm_{capability[0]}{capability[1]}"
+    if capability[0] < 8:
         return f"it needs sm_80 or newer, this is sm_{capability[0]}{capability[1]}"
-    elif name == "cudnn" and not torch.backends.cudnn.is_available():
+    if name == "cudnn" and not torch.backends.cudnn.is_available():
         return "this torch has no cuDNN"
     return _failure(name, device, dtype, head_dim)
 
@@ -104,8 +111,8 @@ def _failure(name: str, device: torch.device, dtype: torch.dtype, head_dim: int)
 
 
 def _make(name: str, device: torch.device) -> Attention:
-    if name == "fa3":
-        return Attention(name, *_flash_attention_3())
+    if name in _PACKAGES:
+        return Attention(name, *_flash_attention(name))
     if name == "cudnn":
         return Attention(name, _sdpa_with([SDPBackend.CUDNN_ATTENTION]), _cuda_with_lse)
     if name == "flash":
@@ -143,23 +150,31 @@ def _cuda_with_lse(q_BLHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor) -> tuple[Tens
     return out.transpose(1, 2), lse_BHL[..., : q.size(2)].transpose(1, 2)
 
 
-def _import_flash_attention_3() -> Callable[..., object]:
-    """flash_attn_func of the first FA3 package that is there and loads."""
-    names = [name for name in _FA3_MODULES if importlib.util.find_spec(name)]
-    if not names:
+def _import_flash_attention(name: str) -> Callable[..., object]:
+    """flash_attn_func of the first of a backend's modules that is there and loads."""
+    modules = [module for module in _PACKAGES[name][0] if _is_installed(module)]
+    if not modules:
         raise ImportError("no package is installed")
-    return importlib.import_module(names[0]).flash_attn_func
+    return importlib.import_module(modules[0]).flash_attn_func
 
 
-def _flash_attention_3() -> tuple[Attend, AttendWithLse]:
-    flash_attn_func = _import_flash_attention_3()
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # its parent is missing
+        return False
+
+
+def _flash_attention(name: str) -> tuple[Attend, AttendWithLse]:
+    flash_attn_func = _import_flash_attention(name)
+    ask_for_lse = {_PACKAGES[name][2]: True}
 
     def attend(q_BLHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor) -> Tensor:
         out = flash_attn_func(q_BLHK, k_BMHK, v_BMHK, causal=False)
-        return out[0] if isinstance(out, tuple) else out  # older releases return (out, lse)
+        return out[0] if isinstance(out, tuple) else out  # some releases return (out, lse)
 
     def attend_with_lse(q_BLHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor) -> tuple[Tensor, Tensor]:
-        out, lse_BHL = flash_attn_func(q_BLHK, k_BMHK, v_BMHK, causal=False, return_attn_probs=True)[:2]
+        out, lse_BHL = flash_attn_func(q_BLHK, k_BMHK, v_BMHK, causal=False, **ask_for_lse)[:2]
         return out, lse_BHL.transpose(1, 2)
 
     return attend, attend_with_lse

@@ -28,6 +28,9 @@ class SequenceAttention:
         """ring_method: rotate passes keys and values round while attending; allgather collects them first."""
         self._context, self._attention, self._ring_method = context, attention, ring_method
 
+    def check_tokens(self, num_tokens: int) -> None:
+        """Raise ValueError where a sequence of this length cannot be shared out; every length can, here."""
+
     def __call__(self, qkv_Bl3HK: Tensor, layout: TokenLayout, *, noisy_only: bool) -> Tensor:
         """Attended rows [B, l, H, K] of this rank's tokens, or of its noisy ones [B, noisy, H, K] alone.
 
@@ -140,8 +143,20 @@ class SequenceAttention:
         return out.to(q_BLhK.dtype)
 
 
+def check_exchange(name: str, context: ContextParallel, *, num_heads: int, backend: str) -> None:
+    """Raise ValueError where an exchange cannot run with these ranks, heads and this local attention, saying why."""
+    if name == "xfuser":
+        from helios_engine.parallel import xfuser
+
+        xfuser.check(context, num_heads=num_heads, backend=backend)
+
+
 def make_sequence_attention(
     context: ContextParallel, attention: Attention, *, ring_method: str, exchange: str
 ) -> SequenceAttention:
-    """Self-attention by the exchange that was asked for. Raises ValueError where it cannot run, saying why."""
+    """Self-attention by the exchange that was asked for and passed check_exchange."""
+    if exchange == "xfuser":
+        from helios_engine.parallel.xfuser import XfuserAttention
+
+        return XfuserAttention(context, attention)
     return SequenceAttention(context, attention, ring_method=ring_method)

@@ -7,7 +7,6 @@ import types
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from helios_engine.ops import attention
 
@@ -34,7 +33,7 @@ def test_no_queries_give_an_empty_result() -> None:
     assert chosen(q, k, v).shape == (2, 0, 3, 16)
 
 
-@pytest.mark.parametrize("name", ["fa3", "cudnn", "flash"])
+@pytest.mark.parametrize("name", ["fa2", "fa3", "fa4", "cudnn", "flash"])
 def test_a_named_backend_that_cannot_run_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"attention backend {name} cannot run: it needs a CUDA device"):
         attention.choose_attention(name, device=CPU, dtype=torch.bfloat16, head_dim=128)
@@ -47,15 +46,31 @@ def _pretend_gpu(monkeypatch, capability: tuple[int, int], modules: tuple[str, .
     monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: name if name in modules else None)
     for name in modules:
         module = types.ModuleType(name)
-        module.flash_attn_func = _flash_attention(returns_lse=name == "flash_attn_interface")
+        module.flash_attn_func = _flash_attention(name)
         monkeypatch.setitem(sys.modules, name, module)
 
 
-def _flash_attention(*, returns_lse: bool):
-    def flash_attn_func(q, k, v, *, causal):
+# What each package's function takes and gives: (argument that asks for the log-sum-exp, what is returned without it).
+SIGNATURES = {
+    "flash_attn": ("return_attn_probs", "out"),  # flash-attn 2.8: (out, softmax_lse, S_dmask) when asked
+    "fa3_fwd_interface": ("return_attn_probs", "out"),
+    "flash_attn_interface": ("return_attn_probs", "pair"),  # early FlashAttention-3
+    "flash_attn.cute": ("return_lse", "pair"),  # flash-attn-4 4.0.0b36: (out, lse or None)
+}
+
+
+def _flash_attention(module: str):
+    argument, plain = SIGNATURES[module]
+
+    def flash_attn_func(q, k, v, *, causal, **more):
         assert causal is False
-        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
-        return (out, None) if returns_lse else out
+        assert more in ({}, {argument: True})
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+        out = out.transpose(1, 2)
+        if more:
+            return (out, lse, None) if module == "flash_attn" else (out, lse)
+        return out if plain == "out" else (out, None)
 
     return flash_attn_func
 
@@ -79,19 +94,37 @@ def test_auto_on_a_gpu(monkeypatch, capability, modules, dtype, head_dim, expect
     assert chosen.backend == expected
 
 
-@pytest.mark.parametrize("module", ["fa3_fwd_interface", "flash_attn_interface"])
-def test_flash_attention_3_is_called_as_it_wants(monkeypatch, module: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        ("fa2", "flash_attn"),
+        ("fa3", "fa3_fwd_interface"),
+        ("fa3", "flash_attn_interface"),
+        ("fa4", "flash_attn.cute"),
+    ],
+)
+def test_flash_attention_is_called_as_it_wants(monkeypatch, name: str, module: str) -> None:
     _pretend_gpu(monkeypatch, (9, 0), (module,))
-    chosen = attention.choose_attention("fa3", device=torch.device("cuda"), dtype=torch.bfloat16, head_dim=16)
+    chosen = attention.choose_attention(name, device=torch.device("cuda"), dtype=torch.bfloat16, head_dim=16)
+    assert chosen.backend == name
     q, k, v = _qkv()
     plain = attention.choose_attention("sdpa", device=CPU, dtype=torch.float32, head_dim=16)
-    assert torch.equal(chosen(q, k, v), plain(q, k, v))
+    torch.testing.assert_close(chosen(q, k, v), plain(q, k, v), rtol=1e-6, atol=1e-6)
+    for ours, expected in zip(chosen.with_lse(q, k, v), plain.with_lse(q, k, v), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_refusal_names_the_missing_package(monkeypatch) -> None:
+def test_flash_attention_4_needs_a_newer_gpu(monkeypatch) -> None:
+    _pretend_gpu(monkeypatch, (8, 0), ("flash_attn.cute",))
+    with pytest.raises(ValueError, match="sm_90 or newer, this is sm_80"):
+        attention.choose_attention("fa4", device=torch.device("cuda"), dtype=torch.bfloat16, head_dim=128)
+
+
+@pytest.mark.parametrize(("name", "package"), [("fa2", "flash-attn"), ("fa3", "fa3_fwd"), ("fa4", "flash-attn-4")])
+def test_refusal_names_the_missing_package(monkeypatch, name: str, package: str) -> None:
     _pretend_gpu(monkeypatch, (9, 0), ())
-    with pytest.raises(ValueError, match="pip install fa3_fwd"):
-        attention.choose_attention("fa3", device=torch.device("cuda"), dtype=torch.bfloat16, head_dim=128)
+    with pytest.raises(ValueError, match=f"pip install {package}"):
+        attention.choose_attention(name, device=torch.device("cuda"), dtype=torch.bfloat16, head_dim=128)
 
 
 def test_a_package_that_does_not_load_is_left_out(monkeypatch) -> None:
