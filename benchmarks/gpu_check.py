@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.gpu_ranks import sharded_against_one, share_times
 from helios_engine import Engine, EngineConfig, VideoRequest
 from helios_engine.config import LATENT_FRAMES_PER_CHUNK, ModelConfig, Recipe, SchedulerConfig, VaeConfig
 from helios_engine.engine.checkpoint import Checkpoint, make_transformer
@@ -133,6 +134,21 @@ def part_dit(scale: Scale) -> dict[str, object]:
     return {**result, "attention": engine.transformer.attention.backend, **_peak()}
 
 
+def part_ranks(scale: Scale) -> dict[str, object]:
+    """Processes sharing this device against one of them, and what one rank's share of a forward takes by itself."""
+    size = (scale.height // 8, scale.width // 8)
+    result: dict[str, object] = dict(sharded_against_one(scale.model, size, DEVICE))
+    engine = make_engine(scale)
+    session = engine.open(make_request(scale))
+    shares = share_times(
+        engine.transformer,
+        session.plan.stage_sizes,
+        lambda: _context(engine, session),
+        lambda work: time_seconds(work, DEVICE, scale.repeats),
+    )
+    return {**result, **shares, "attention": engine.transformer.attention.backend, **_peak()}
+
+
 def part_attention(scale: Scale) -> dict[str, object]:
     """Every backend that runs here at the three self-attention shapes and the cross-attention, in TFLOP/s."""
     heads, head_dim = scale.model.num_attention_heads, scale.model.attention_head_dim
@@ -140,7 +156,7 @@ def part_attention(scale: Scale) -> dict[str, object]:
     shapes = {"self_full": (full + 2400, full + 2400), "self_half": (full // 4 + 2400,) * 2}
     shapes |= {"self_quarter": (full // 16 + 2400,) * 2, "cross_full": (full, 512)}
     result: dict[str, object] = {}
-    for name in ("fa3", "cudnn", "flash", "sdpa"):
+    for name in ("fa3", "fa4", "fa2", "cudnn", "flash", "sdpa"):
         try:
             attention = choose_attention(name, device=DEVICE, dtype=DTYPE, head_dim=head_dim)
         except ValueError as error:

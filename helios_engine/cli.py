@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import logging
 import os
 import signal
@@ -94,9 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--dry-run", action="store_true", help="check everything and print what would be computed")
     generate.add_argument("--quiet", action="store_true", help="no progress bar")
-    generate.add_argument(
-        "--num-gpus", type=int, default=1, metavar="N", help="start N ranks on this machine (default: 1)"
-    )
+    _add_num_gpus(generate)
     generate.add_argument(
         "--checkpoint-dir", metavar="DIR", help="keep every finished chunk and the session's state in this folder"
     )
@@ -123,8 +120,13 @@ def _parser() -> argparse.ArgumentParser:
     bench = _command(commands, "bench", _bench, "time forwards, decoding and chunks; prints JSON")
     _add_model(bench)
     bench.add_argument("--repeats", type=int, default=3, help="calls timed per figure (default: %(default)s)")
+    bench.add_argument(
+        "--bytes", action="store_true", help="no times: bytes each rank sends in one forward of each stage, by purpose"
+    )
+    _add_num_gpus(bench)
     _add_fields(bench, VideoRequest, "video")
     _add_fields(bench, EngineConfig, "engine")
+    _add_fields(bench, ParallelConfig, "several ranks")
     return parser
 
 
@@ -140,6 +142,12 @@ def _command(
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", required=True, help="checkpoint folder in the Diffusers layout, or hub id owner/name"
+    )
+
+
+def _add_num_gpus(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--num-gpus", type=int, default=1, metavar="N", help="start N ranks on this machine (default: 1)"
     )
 
 
@@ -232,16 +240,9 @@ def _toy(options: argparse.Namespace, meeting: launch.Meeting) -> int:
 
 
 def _bench(options: argparse.Namespace, meeting: launch.Meeting) -> int:
-    from helios_engine.engine.engine import Engine
-    from helios_engine.tools.bench import bench
-    from helios_engine.tools.generate import fields_of
+    from helios_engine.tools.bench import run
 
-    if options.repeats < 1:
-        raise ValueError(f"repeats must be at least 1, got {options.repeats}")
-    request = VideoRequest(**{"prompt": "A red fox runs through fresh snow.", **fields_of(options, VideoRequest)})
-    engine = Engine.load(options.model, EngineConfig(**fields_of(options, EngineConfig)))
-    print(json.dumps(bench(engine, request, repeats=options.repeats), indent=2))
-    return 0
+    return run(options, meeting)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,26 @@
-"""Where the time of a chunk goes: one forward per stage, the VAE, whole chunks."""
+"""Where the time of a chunk goes (one forward per stage, the VAE, whole chunks), and what ranks send each other."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from argparse import Namespace
+from collections.abc import Callable, Iterator
 
 import torch
 
-from helios_engine.config import LATENT_FRAMES_PER_CHUNK
+from helios_engine.config import LATENT_FRAMES_PER_CHUNK, EngineConfig, ParallelConfig
 from helios_engine.engine.engine import Engine
 from helios_engine.engine.history import History, stacked_window
+from helios_engine.engine.plan import Plan
+from helios_engine.parallel import launch
 from helios_engine.request import FRAMES_PER_CHUNK, VideoRequest
+from helios_engine.tools.generate import check_ranks, fields_of, plan_request
+
+PROMPT = "A red fox runs through fresh snow."
 
 
 def time_seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
@@ -44,25 +52,87 @@ def hardware(device: torch.device) -> dict[str, object]:
     }
 
 
+def run(options: Namespace, meeting: launch.Meeting) -> int:
+    """The bench command: on one rank, or on several that share every forward; rank 0 prints."""
+
+    def prepare() -> tuple[VideoRequest, EngineConfig, ParallelConfig, bool]:
+        if options.repeats < 1:
+            raise ValueError(f"repeats must be at least 1, got {options.repeats}")
+        request = VideoRequest(**{"prompt": PROMPT, **fields_of(options, VideoRequest)})
+        config = EngineConfig(**fields_of(options, EngineConfig))
+        parallel = ParallelConfig(**fields_of(options, ParallelConfig))
+        _, plan = plan_request(options.model, request, config)
+        check_ranks(options.num_gpus, parallel, config, guided=plan.is_guided)
+        if not options.bytes:
+            _check_length(request)
+        if options.num_gpus == 1 or launch.world_size() > 1:
+            config = dataclasses.replace(config, device=launch.own_device(config.device))
+        return request, config, parallel, plan.is_guided
+
+    request, config, parallel, is_guided = meeting.agreed(prepare, lambda _: {})
+    if options.num_gpus > 1 and launch.world_size() == 1:
+        return launch.start_ranks(options.num_gpus, options.arguments)
+    context = meeting.start(parallel, device=config.device, guided=is_guided)
+    try:
+        engine = Engine.load(options.model, config, context)
+        found = count_bytes(engine, request) if options.bytes else bench(engine, request, repeats=options.repeats)
+        if context.is_first:
+            print(json.dumps(found, indent=2))
+    finally:
+        context.close()
+        if not context.is_broken:
+            launch.stop()
+    return 0
+
+
+@torch.no_grad()
+def count_bytes(engine: Engine, request: VideoRequest) -> dict[str, object]:
+    """Bytes each rank sends, and collective calls, in one forward of each stage, by purpose: one object per rank.
+
+    A forward is one prompt's; with cfg degree 2 it is both branches', one on each half of the ranks.
+    """
+    plan = engine.plan(request)
+    result = {}
+    for tokens, forward in _forwards(engine, request, plan):
+        traffic = engine.context.traffic
+        traffic.bytes_sent.clear()
+        traffic.calls.clear()
+        forward()
+        own = {"bytes": {**traffic.bytes_sent, "total": traffic.bytes_sent.total()}, "calls": dict(traffic.calls)}
+        result[tokens] = [json.loads(text) for text in engine.context.exchange_text(json.dumps(own))]
+    return {"ranks": engine.context.describe(), "dtype": str(engine.dtype), "sent_per_forward": result}
+
+
+def _forwards(engine: Engine, request: VideoRequest, plan: Plan) -> Iterator[tuple[str, Callable[[], object]]]:
+    """("noisy+history tokens", a call that runs one forward) of each stage."""
+    channels = engine.checkpoint.model.in_channels
+    session = engine.open(request)
+    history = History.empty(channels, *plan.latent_size, engine.device)
+    context = engine.transformer.prepare(stacked_window([history]), session.texts[:1])
+    for size, tokens in zip(plan.stage_sizes, plan.tokens_per_stage, strict=True):
+        latents = torch.randn(1, channels, LATENT_FRAMES_PER_CHUNK, *size).to(engine.device, engine.dtype)
+        yield f"{tokens}+{plan.history_tokens}", lambda x=latents: engine.transformer(x, 500.0, context)
+
+
+def _check_length(request: VideoRequest) -> None:
+    if request.num_chunks is None or request.num_chunks < 2:
+        raise ValueError(f"bench needs at least two chunks (num_frames > {FRAMES_PER_CHUNK}), got {request.num_frames}")
+
+
 @torch.no_grad()
 def bench(engine: Engine, request: VideoRequest, *, repeats: int = 3) -> dict[str, object]:
     """Milliseconds per forward of each stage and per decode; seconds and frames per second of chunks, the first apart.
 
     A forward is one prompt's, without guidance. The request needs at least two chunks.
     """
-    if request.num_chunks is None or request.num_chunks < 2:
-        raise ValueError(f"bench needs at least two chunks (num_frames > {FRAMES_PER_CHUNK}), got {request.num_frames}")
+    _check_length(request)
     plan = engine.plan(request)
-    channels = engine.checkpoint.model.in_channels
-    session = engine.open(request)
-    history = History.empty(channels, *plan.latent_size, engine.device)
-    context = engine.transformer.prepare(stacked_window([history]), session.texts[:1])
-    forwards = {}
-    for size, tokens in zip(plan.stage_sizes, plan.tokens_per_stage, strict=True):
-        latents = torch.randn(1, channels, LATENT_FRAMES_PER_CHUNK, *size).to(engine.device, engine.dtype)
-        seconds = time_seconds(lambda x=latents: engine.transformer(x, 500.0, context), engine.device, repeats)
-        forwards[f"{tokens}+{plan.history_tokens}"] = 1e3 * seconds
-    latents = torch.randn(1, channels, LATENT_FRAMES_PER_CHUNK, *plan.latent_size).to(engine.device)
+    forwards = {
+        tokens: 1e3 * time_seconds(forward, engine.device, repeats)
+        for tokens, forward in _forwards(engine, request, plan)
+    }
+    latents = torch.randn(1, engine.checkpoint.model.in_channels, LATENT_FRAMES_PER_CHUNK, *plan.latent_size)
+    latents = latents.to(engine.device)
     decode = time_seconds(lambda: engine._frames.decode(latents, "uint8", FRAMES_PER_CHUNK), engine.device, repeats)
     timings = [chunk.timing for chunk in engine.stream(request)]
     totals = [timing.denoise_seconds + timing.decode_seconds for timing in timings]

@@ -77,14 +77,7 @@ def prepare(options: Namespace) -> Job:
         raise ValueError("an endless video's latents cannot be held for one .safetensors file; use .mp4 or .npy")
     if options.resume and options.checkpoint_dir is None:
         raise ValueError("resume needs checkpoint-dir, the folder of the run to go on with")
-    checkpoint = Checkpoint.open(options.model, config.revision)
-    plan = make_plan(
-        request,
-        recipe=checkpoint.recipe,
-        scheduler=checkpoint.scheduler,
-        model=checkpoint.model,
-        has_text_encoder=checkpoint.has_text_encoder,
-    )
+    checkpoint, plan = plan_request(options.model, request, config)
     degrees = check_ranks(options.num_gpus, parallel, config, guided=plan.is_guided)
     conditioning.load_pixels(request)
     recording = None
@@ -96,6 +89,19 @@ def prepare(options: Namespace) -> Job:
     if not (options.dry_run or starts_ranks):
         config = dataclasses.replace(config, device=launch.own_device(config.device))
     return Job(options, request, config, parallel, checkpoint, plan, degrees, recording)
+
+
+def plan_request(model: str, request: VideoRequest, config: EngineConfig) -> tuple[Checkpoint, Plan]:
+    """The checkpoint's configuration and what it makes of a request."""
+    checkpoint = Checkpoint.open(model, config.revision)
+    plan = make_plan(
+        request,
+        recipe=checkpoint.recipe,
+        scheduler=checkpoint.scheduler,
+        model=checkpoint.model,
+        has_text_encoder=checkpoint.has_text_encoder,
+    )
+    return checkpoint, plan
 
 
 def check_ranks(num_gpus: int, parallel: ParallelConfig, config: EngineConfig, *, guided: bool) -> Degrees:

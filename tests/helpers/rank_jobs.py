@@ -224,3 +224,9 @@ def host_groups(parallel: ContextParallel, *, wrong: bool) -> Tensor | str:
         return str(error)
     assert (own.ring_rank, own.ulysses_rank, own.sequence_rank) == (row, column, dist.get_rank())
     return attend(own, sizes=(7, 12, 4, 8, 1), dtype=torch.float32, noisy_only=False)
+
+
+def sent_per_forward(parallel: ContextParallel, *, folder: str, arguments: dict) -> dict:
+    from helios_engine.tools.bench import count_bytes
+
+    return count_bytes(engine(folder, parallel), VideoRequest(**arguments))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import sys
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import torch
 
 from helios_engine import VideoRequest
 from helios_engine.cli import main
+from helios_engine.config import ModelConfig
+from helios_engine.parallel.layout import TokenLayout
 from tests.helpers import oracle
 
 TOLERANCE = 1e-4
@@ -141,3 +144,34 @@ def test_a_hosts_own_groups_serve(ranks) -> None:
     assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
     wrong = ranks.run("host_groups", (2, 2, 1), wrong=True)
     assert all("the ulysses group holds ranks" in text for text in wrong)
+
+
+def test_bench_counts_what_every_rank_sends(ranks, toy, capsys) -> None:
+    results = ranks.run("sent_per_forward", (2, 1, 1), folder=str(toy / "distilled"), arguments={**SMALL})
+    assert results[0] == results[1]
+    sent = results[0]["sent_per_forward"]
+    assert list(sent) == ["9+40", "36+40", "144+40"]
+    config = ModelConfig.from_json(toy / "distilled" / "transformer" / "config.json")
+    for tokens, of_ranks in sent.items():
+        noisy, history = (int(part) for part in tokens.split("+"))
+        layout = TokenLayout.make(history, noisy, config.num_attention_heads, num_ranks=2)
+        width = layout.heads[1] * config.attention_head_dim * 4  # what goes to the other rank, per token
+        full = [layout.tokens(0) * width] * (config.num_layers - 1)
+        expected = sum(3 * rows for rows in full) + (2 * layout.tokens(0) + layout.noisy[0]) * width
+        assert of_ranks[0]["bytes"]["qkv"] == expected
+        assert of_ranks[0]["bytes"]["total"] == sum(of_ranks[0]["bytes"].values()) - of_ranks[0]["bytes"]["total"]
+        assert of_ranks[0]["calls"] == {"qkv": config.num_layers, "out": config.num_layers, "gather": 1}
+    flags = [
+        "bench",
+        "--bytes",
+        "--model",
+        str(toy / "distilled"),
+        "--device",
+        "cpu",
+        "--height",
+        "64",
+        "--width",
+        "64",
+    ]
+    assert main(flags) == 0
+    assert json.loads(capsys.readouterr().out)["sent_per_forward"]["9+40"] == [{"bytes": {"total": 0}, "calls": {}}]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -10,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+import psutil
 import pytest
 
 TIMEOUT = 6
@@ -157,3 +160,34 @@ def test_more_ranks_than_gpus_are_refused(toy, tmp_path, monkeypatch, capsys) ->
     flags = ["--model", str(toy / "base"), "--prompt", "x", "--output", str(tmp_path / "a.mp4"), "--num-gpus", "2"]
     assert main(["generate", *flags, "--height", "64", "--width", "64"]) == 2
     assert "2 ranks need 2 GPUs here, but this torch sees 1" in capsys.readouterr().err
+
+
+def test_a_killed_run_is_resumed(toy, tmp_path) -> None:
+    frames = ["--num-frames", "132", "--steps", "1,1,1"]
+
+    def run(name: str, num_ranks: int, *more: str) -> subprocess.Popen:
+        command = _command(toy / "distilled", tmp_path / name / "out.npy", *frames, "--num-gpus", str(num_ranks), *more)
+        return subprocess.Popen(
+            [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
+        )
+
+    kept = str(tmp_path / "kept")
+    broken = run("two", 2, "--checkpoint-dir", kept)
+    _wait_for(tmp_path, "kept/chunk_00000.npy")
+    children = psutil.Process(broken.pid).children(recursive=True)
+    next(child for child in children if child.environ().get("RANK") == "1").kill()
+    ((code, _),) = _ends([broken])
+    assert code == 1
+    assert not (tmp_path / "two" / "out.npy").exists()
+    shutil.copytree(kept, tmp_path / "for one")
+    ends = _ends(
+        [
+            run("two", 2, "--checkpoint-dir", kept, "--resume"),
+            run("one", 1, "--checkpoint-dir", str(tmp_path / "for one"), "--resume"),
+            run("whole", 2),
+        ]
+    )
+    assert [code for code, _ in ends] == [0, 0, 0], ends
+    two, one, whole = (np.load(tmp_path / name / "out.npy") for name in ("two", "one", "whole"))
+    assert np.array_equal(two, whole), "bit-equal on as many ranks"
+    assert np.abs(one.astype(int) - whole).max() <= 1, "within rounding on another number"
