@@ -7,7 +7,8 @@ most tokens and most heads decides; rates are defaults with a source, or measure
 writes (env.json, attention.json, dit.json, vae.json) and a file of share_ms_{noisy}+{history}_p{P}, one rank's share of
 a P-rank forward timed without exchanges ("includes_packing": true if the copies around them ran). A measured forward
 scales our modelled shares of its stage, a measured share replaces one; Diffusers' plan follows from the rates alone.
-Nothing is overlapped. Left out: embedding, the first layer's cached history, solver steps, launches.
+Nothing is overlapped. Left out: the rows that decoding ranks trade, embedding, the first layer's cached history, solver
+steps, launches.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from helios_engine.config import ModelConfig, read_json
-from helios_engine.parallel.layout import TokenLayout
+from helios_engine.parallel.layout import TokenLayout, shares
 from helios_engine.request import FRAMES_PER_CHUNK
 
 MODEL = ModelConfig()
 NUM_HEADS, TEXT_TOKENS = MODEL.num_attention_heads, 512
 BYTES = 2  # bfloat16
+LATENT_ROWS = 48  # at 384x640
 OUT_CHANNELS = 64  # 16 latent channels x 2 x 2 patch
 RANKS = range(1, 17)
 NUM_SMS = 132  # H100 SXM and H200
@@ -337,8 +339,10 @@ def results_table(model: Model) -> str:
             if chunk is None:
                 cells.append("-")
                 continue
-            # Rank 0 decodes while the others wait.
-            fps, whole_fps = (1e3 * FRAMES_PER_CHUNK / time for time in (chunk, chunk + model.machine.decode_ms))
+            # All ranks decode a band of rows each; under Diffusers' plan every rank decodes everything.
+            band = 1 if scheme == "diffusers" else max(shares(LATENT_ROWS, ranks)) / LATENT_ROWS
+            decode = model.machine.decode_ms * band
+            fps, whole_fps = (1e3 * FRAMES_PER_CHUNK / time for time in (chunk, chunk + decode))
             cells.append(f"{chunk:.0f} ({one_gpu / chunk:.2f}x, {fps:.3g} / {whole_fps:.3g})")
         lines.append(f"| {ranks} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
