@@ -120,9 +120,16 @@ def word(parallel: ContextParallel, *, values: list[int]) -> int:
     return parallel.word(values[parallel.rank])
 
 
-@functools.lru_cache(maxsize=2)
+_engines: dict[ContextParallel, tuple[object, Engine]] = {}
+
+
 def engine(folder: str, parallel: ContextParallel, **settings: object) -> Engine:
-    return Engine.load(folder, EngineConfig(device="cpu", dtype="float32", **settings), parallel)
+    """An engine on the CPU; a context keeps its last one. Loading talks to all its ranks, so all must keep the same."""
+    key = (folder, tuple(settings.items()))
+    if _engines.get(parallel, (None, None))[0] != key:
+        loaded = Engine.load(folder, EngineConfig(device="cpu", dtype="float32", **settings), parallel)
+        _engines[parallel] = (key, loaded)
+    return _engines[parallel][1]
 
 
 def generate(
