@@ -1,5 +1,11 @@
-"""Builds the compiled parts with ninja. A missing compiler is said aloud and never fatal: the package runs without them."""
+"""Builds the compiled parts with ninja. A missing compiler is said aloud and never fatal: the package runs without them.
 
+HELIOS_CUDA=1 makes a missing CUDA toolkit an error, HELIOS_CUDA=0 leaves CUDA out; by default its kernels are built where nvcc
+is found and torch has CUDA.
+"""
+
+import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -10,50 +16,124 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 BUILD_INFO = Extension("helios_engine._build_info", ["csrc/bindings/build_info.cpp"], optional=True)
+OPERATORS = Extension("helios_engine.libhelios_ops", [], optional=True)
+
+# One object of every CPU twin per instruction set; dispatch.cpp picks one at run time.
+ISAS = {
+    "baseline": "",
+    "avx2": "-mavx2 -mfma -mf16c",
+    "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512",
+}
+COMMON = "-std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra"
+# Products and sums round one by one, as torch's own chain does.
+TWIN = f"{COMMON} -O3 -fopenmp -ffp-contract=off -fno-math-errno -fno-trapping-math"
+NVCC = "-std=c++17 -O3 -fmad=false -Xcompiler -fPIC,-fvisibility=hidden"
+GPUS = ("80", "90", "100", "120")
 
 
 class NinjaBuild(build_ext):
     """Writes one build.ninja per extension and runs it: parallel, incremental, and the same commands everywhere."""
 
+    def run(self) -> None:
+        # build_ext.run would first look for a compiler of its own choice; ninja needs only the file names.
+        for extension in list(self.extensions):
+            extension._full_name = self.get_ext_fullname(extension.name)
+            try:
+                self.build_extension(extension)
+            except (RuntimeError, OSError, ImportError) as error:
+                print(
+                    f"warning: {extension.name} is not built: {error}; helios_engine works without it", file=sys.stderr
+                )
+                self.extensions = [other for other in self.extensions if other is not extension]
+
+    def get_ext_filename(self, name: str) -> str:
+        if name.endswith("libhelios_ops"):  # holds no Python: one file for every version
+            return os.path.join(*name.split(".")) + ".so"
+        return super().get_ext_filename(name)
+
     def build_extension(self, extension: Extension) -> None:
         import ninja
-        import pybind11
 
         output = Path(self.get_ext_fullpath(extension.name)).resolve()
         work = Path(self.build_temp).resolve() / extension.name
         output.parent.mkdir(parents=True, exist_ok=True)
         work.mkdir(parents=True, exist_ok=True)
-        flags = ["-O2", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
-        includes = [f"-isystem {pybind11.get_include()}", f"-isystem {sysconfig.get_paths()['include']}"]
-        compiler = self._compiler()
         with (work / "build.ninja").open("w") as file:
-            writer = ninja.ninja_syntax.Writer(file)
-            compile_line = f"{compiler} {' '.join(flags + includes)} -DHELIOS_CXX_FLAGS='\"{' '.join(flags)}\"'"
-            writer.rule("cxx", f"{compile_line} -MMD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
-            writer.rule("link", f"{compiler} -shared $in -o $out")
-            objects = []
-            for source in extension.sources:
-                object_file = str(work / (Path(source).stem + ".o"))
-                objects += writer.build(object_file, "cxx", str(ROOT / source))
-            writer.build(str(output), "link", objects)
-        command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(work)]
-        result = subprocess.run(command, capture_output=True, text=True)
+            write = self._write_operators if extension is OPERATORS else self._write_build_info
+            write(ninja.ninja_syntax.Writer(file), output, work)
+        result = subprocess.run([str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(work)], capture_output=True, text=True)
         if result.returncode:
             print(result.stdout, result.stderr, file=sys.stderr)
-            raise RuntimeError(f"building {extension.name} failed; helios_engine works without it")
+            raise RuntimeError("compiling failed")
 
-    def _compiler(self) -> str:
-        return sysconfig.get_config_var("CXX").split()[0] if sysconfig.get_config_var("CXX") else "c++"
+    def _write_build_info(self, writer, output: Path, work: Path) -> None:
+        import pybind11
 
-    def run(self) -> None:
-        # build_ext.run would first look for a compiler of its own choice; ninja needs only the file names.
-        for extension in self.extensions:
-            extension._full_name = self.get_ext_fullname(extension.name)
-            try:
-                self.build_extension(extension)
-            except (RuntimeError, OSError, ImportError) as error:
-                print(f"warning: {error}", file=sys.stderr)
-                self.extensions = [other for other in self.extensions if other is not extension]
+        includes = f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_paths()['include']}"
+        flags = f"{COMMON} -O2 {includes} -DHELIOS_CXX_FLAGS='\"{TWIN}\"'"
+        _rules(writer, _compiler())
+        objects = _compile(writer, work, "csrc/bindings/build_info.cpp", flags)
+        writer.build(str(output), "link", objects)
+
+    def _write_operators(self, writer, output: Path, work: Path) -> None:
+        import torch
+
+        torch_folder = Path(torch.__file__).parent
+        cuda = _cuda_toolkit(torch)
+        machine = "-DHELIOS_X86" if os.uname().machine == "x86_64" else ""
+        headers = f"-isystem {torch_folder}/include -isystem {torch_folder}/include/torch/csrc/api/include"
+        # The oldest release whose stable interface is asked for; newer ones keep it.
+        bindings = f"{COMMON} -O2 {headers} -DTORCH_TARGET_VERSION=0x020a000000000000"
+        if cuda:
+            bindings += " -DHELIOS_CUDA -DUSE_CUDA"
+        _rules(writer, _compiler())
+        objects = _compile(writer, work, "csrc/kernels/dispatch.cpp", f"{COMMON} -O2 {machine}")
+        for source in sorted((ROOT / "csrc/kernels").glob("*_cpu.cpp")):
+            for isa, flags in ISAS.items() if machine else {"baseline": ""}.items():
+                objects += _compile(writer, work, source, f"{TWIN} {machine} {flags} -DHELIOS_ISA={isa}", isa)
+        for source in sorted((ROOT / "csrc/bindings").glob("*.cpp")):
+            if source.name != "build_info.cpp":
+                objects += _compile(writer, work, source, bindings, "bind")
+        libraries = f"-fopenmp -L{torch_folder}/lib -Wl,--no-as-needed -ltorch -ltorch_cpu -lc10"
+        if cuda:
+            targets = " ".join(f"-gencode arch=compute_{gpu},code=sm_{gpu}" for gpu in GPUS)
+            targets += f" -gencode arch=compute_{GPUS[-1]},code=compute_{GPUS[-1]}"
+            writer.rule("nvcc", f"{cuda}/bin/nvcc {NVCC} {targets} -c $in -o $out")
+            for source in sorted((ROOT / "csrc/kernels").glob("*_cuda.cu")):
+                objects += writer.build(str(work / f"{source.stem}.o"), "nvcc", str(source))
+            libraries += f" -L{cuda}/lib64 -L{cuda}/lib -lcudart_static -ldl -lrt -lpthread"
+        writer.build(str(output), "link", objects, variables={"libraries": libraries})
 
 
-setup(ext_modules=[BUILD_INFO], cmdclass={"build_ext": NinjaBuild})
+def _compiler() -> str:
+    return (sysconfig.get_config_var("CXX") or "c++").split()[0]
+
+
+def _rules(writer, compiler: str) -> None:
+    writer.rule("cxx", f"{compiler} $flags -MMD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
+    writer.rule("link", f"{compiler} -shared $in -o $out $libraries")
+
+
+def _compile(writer, work: Path, source: str | Path, flags: str, tag: str = "") -> list[str]:
+    source = ROOT / source
+    target = str(work / f"{tag}{'_' * bool(tag)}{source.stem}.o")
+    return writer.build(target, "cxx", str(source), variables={"flags": flags})
+
+
+def _cuda_toolkit(torch) -> Path | None:
+    """The toolkit to build CUDA kernels with, or None to leave them out."""
+    wanted = os.environ.get("HELIOS_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        raise SystemExit(f"HELIOS_CUDA must be 0 or 1, got {wanted!r}")
+    if wanted == "0":
+        return None
+    nvcc = shutil.which("nvcc", path=os.pathsep.join([f"{os.environ.get('CUDA_HOME', '')}/bin", os.environ["PATH"]]))
+    if wanted == "1" and (nvcc is None or torch.version.cuda is None):
+        missing = "nvcc is not on PATH" if nvcc is None else f"torch {torch.__version__} has no CUDA"
+        raise SystemExit(f"HELIOS_CUDA=1, but {missing}; set HELIOS_CUDA=0 to build without CUDA")
+    if nvcc is None or torch.version.cuda is None:
+        return None
+    return Path(nvcc).resolve().parent.parent
+
+
+setup(ext_modules=[BUILD_INFO, OPERATORS], cmdclass={"build_ext": NinjaBuild})

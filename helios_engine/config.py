@@ -381,8 +381,8 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         is_number = isinstance(self.rank_timeout, int | float) and not isinstance(self.rank_timeout, bool)
         _require(
-            is_number and 1 <= self.rank_timeout <= 86400,
-            f"rank_timeout must be between 1 and 86400 seconds, got {self.rank_timeout!r}",
+            is_number and 5 <= self.rank_timeout <= 86400,
+            f"rank_timeout must be between 5 and 86400 seconds, got {self.rank_timeout!r}",
         )
 
 

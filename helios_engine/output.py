@@ -53,7 +53,10 @@ def check_output(path: str | Path, encoder: str = DEFAULT_ENCODER, *, height: in
 
 def _check_encoder(name: str, height: int, width: int) -> None:
     """Open the encoder for real: hardware ones are listed on machines that cannot run them."""
-    import av
+    try:
+        import av
+    except ImportError as error:
+        raise ValueError(f"writing .mp4 needs PyAV ({error}); pip install av, or name a .npy file") from None
 
     try:
         codec = av.codec.Codec(name, "w")
@@ -277,10 +280,14 @@ def _join_mp4(parts: Sequence[Path], target: Path, metadata: str) -> None:
 
 
 def _join_npy(parts: Sequence[Path], target: Path, metadata: str) -> None:
-    arrays = [np.load(part, mmap_mode="r") for part in parts]
-    shape = (sum(len(array) for array in arrays), *arrays[0].shape[1:])
-    whole = np.lib.format.open_memmap(target, mode="w+", dtype=arrays[0].dtype, shape=shape)
-    np.concatenate(arrays, out=whole)
+    lengths = [len(np.load(part, mmap_mode="r")) for part in parts]
+    first = np.load(parts[0], mmap_mode="r")
+    shape = (sum(lengths), *first.shape[1:])
+    whole = np.lib.format.open_memmap(target, mode="w+", dtype=first.dtype, shape=shape)
+    start = 0
+    for part, length in zip(parts, lengths, strict=True):  # one open at a time: there may be thousands
+        whole[start : start + length] = np.load(part, mmap_mode="r")
+        start += length
     whole.flush()
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 
 from helios_engine.parallel.context import ContextParallel
 
@@ -12,16 +14,18 @@ class Cancelled(Exception):
 
 
 class Control:
-    """One video's (or one batch's) word. stop may come from any thread; the others from the thread that computes.
+    """One video's (or one batch's) word. stop and close may come from any thread; the others from the one that computes.
 
-    Every rank calls poll and close at the same points of the program, so rank 0 can stop between any two steps, or
-    leave a loop the others are still in, without leaving them in a collective. On other ranks stop waits for rank 0's.
+    Every rank polls at the same points of the program, so rank 0 can stop between any two steps, or leave a loop the
+    others are still in, without leaving them in a collective. On other ranks stop waits for rank 0's.
     """
 
     def __init__(self, context: ContextParallel) -> None:
         self._context = context
         self._wanted = threading.Event()
         self._over = False
+        self._lock = threading.Lock()  # around what decides who sends the word
+        self._computing = False
 
     @property
     def is_stopped(self) -> bool:
@@ -33,9 +37,10 @@ class Control:
 
     def poll(self) -> bool:
         """True when the video is over; asks rank 0 unless that is known."""
-        if not self._over:
-            self._over = bool(self._context.word(int(self._wanted.is_set())))
-        return self._over
+        if self._computing:
+            return self._ask()
+        with self._lock:
+            return self._ask()
 
     def check(self) -> None:
         """Raise Cancelled when the video is over."""
@@ -46,9 +51,34 @@ class Control:
         """The last chunk is made: over on every rank, no word needed."""
         self._over = True
 
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[None]:
+        """Around a chunk: meanwhile this thread alone sends words, and passes on at the end what others asked for."""
+        with self._lock:
+            self._computing = True
+        try:
+            yield
+        except BaseException:
+            self._computing = False
+            raise
+        with self._lock:
+            self._computing = False
+            if self._wanted.is_set() and self._context.is_first:
+                self._ask()
+
     def close(self) -> None:
         """End the video; ranks still inside it hear of it where they next poll."""
         self._wanted.set()
-        if self._context.is_broken:  # nobody is left to hear it
-            self._over = True
-        self.poll()
+        with self._lock:
+            if self._computing:
+                return
+            if self._context.is_broken:  # nobody is left to hear it
+                self._over = True
+            if not self._ask():
+                self._over = True
+                self._context.give_up("closed its video before rank 0 did")
+
+    def _ask(self) -> bool:
+        if not self._over:
+            self._over = bool(self._context.word(int(self._wanted.is_set())))
+        return self._over

@@ -83,8 +83,8 @@ class Engine:
         config, context = config or EngineConfig(), context or ContextParallel.single()
         with span("load"):
             checkpoint = context.agreed(
-                lambda: _checked(path_or_id, config, context), lambda found: _load_facts(found, config)
-            )
+                lambda: _checked(path_or_id, config, context), lambda found: _load_facts(*found, config)
+            )[0]
             device, dtype = resolve_device(config.device), resolve_dtype(config)
             encodes_text = context.is_first or config.text_encoder_ranks == "all"
             with context.guard():
@@ -206,10 +206,16 @@ class Engine:
         """
         if not isinstance(requests, Sequence) or not requests:
             raise ValueError("stream_batch needs a list of at least one request")
-        plans = [self.plan(request) for request in requests]
-        check_same_shape(requests, plans)
-        pixels = [self._agreed(request)[1] for request in requests]
-        return self._stream_batch(requests, plans[0], pixels)
+
+        def prepare() -> tuple[Plan, list[Tensor | Clip | None]]:
+            plans = [self.plan(request) for request in requests]
+            check_same_shape(requests, plans)
+            return plans[0], [conditioning.load_pixels(request) for request in requests]
+
+        def facts(_: object) -> dict[str, str]:
+            return {f"{name} of request {i}": fact for i, r in enumerate(requests) for name, fact in r.facts().items()}
+
+        return self._stream_batch(requests, *self.context.agreed(prepare, facts))
 
     def _stream_batch(
         self, requests: Sequence[VideoRequest], plan: Plan, pixels: list[Tensor | Clip | None]
@@ -234,7 +240,7 @@ class Engine:
         index = sessions[0].index
         drawn = [session.noise.state() for session in sessions]
         try:
-            with span("chunk"), self.context.guard(expected=(Cancelled,)):
+            with span("chunk"), self.context.guard(expected=(Cancelled,)), sessions[0].control.computing():
                 start = self._clock()
                 job = self._job(sessions)
                 latents = denoise_chunk(self.transformer, self.checkpoint.scheduler, self._noise_factor, job)
@@ -399,21 +405,28 @@ def resolve_dtype(config: EngineConfig) -> torch.dtype:
     return torch.bfloat16 if resolve_device(config.device).type == "cuda" else torch.float32
 
 
-def _checked(path_or_id: str | Path, config: EngineConfig, context: ContextParallel) -> Checkpoint:
-    """The checkpoint, its files and the settings checked before anything large is read."""
+def _checked(path_or_id: str | Path, config: EngineConfig, context: ContextParallel) -> tuple[Checkpoint, str]:
+    """The checkpoint and the attention backend, files and settings checked before anything large is read."""
     device, dtype = resolve_device(config.device), resolve_dtype(config)
     checkpoint = Checkpoint.open(path_or_id, config.revision)
     model = checkpoint.model
     attention = choose_attention(
         config.attention_backend, device=device, dtype=dtype, head_dim=model.attention_head_dim
     )
-    check_exchange(config.exchange, context, num_heads=model.num_attention_heads, backend=attention.backend)
+    check_exchange(
+        config.exchange,
+        context,
+        num_heads=model.num_attention_heads,
+        backend=attention.backend,
+        ring_method=config.ring_method,
+    )
     checkpoint.check()
-    return checkpoint
+    return checkpoint, attention.backend
 
 
-def _load_facts(checkpoint: Checkpoint, config: EngineConfig) -> dict[str, str]:
+def _load_facts(checkpoint: Checkpoint, backend: str, config: EngineConfig) -> dict[str, str]:
     """What must be equal on all ranks; where the files lie and which GPU it is need not be."""
+    kind = {"device": resolve_device(config.device).type, "attention": backend}
     settings = {f.name: repr(getattr(config, f.name)) for f in dataclasses.fields(config) if f.name != "device"}
     parts = {name: repr(getattr(checkpoint, name)) for name in ("model", "vae", "scheduler", "recipe")}
-    return {**settings, **parts}
+    return {**kind, **settings, **parts}

@@ -36,7 +36,11 @@ class FrameCodec:
         if slab is None and not self._context.is_first:
             return None
         with span("vae"):
-            split = self._frames_per_call(latents.device, tuple(latents.shape[-2:]), slab)
+            size = tuple(latents.shape[-2:])
+            if slab is None:
+                split = frames_per_call_for(latents.device, self._vae, size)
+            else:
+                split = self._common_frames_per_call(latents.device, size, slab)
             pixels = self._vae.decode(latents, frames_per_call=split, slab=slab)[0, :, :num_frames]
             if kind == "float32":
                 frames = to_unit_range(pixels.float())
@@ -51,7 +55,7 @@ class FrameCodec:
         """Mean and standard deviation of the latents [1, C, T, h, w], not normalised, on every rank."""
         latent_size = (pixels.size(-2) // 8, pixels.size(-1) // 8)
         slab = self._slab(latent_size[0])
-        split = self._frames_per_call(pixels.device, latent_size, slab)
+        split = self._common_frames_per_call(pixels.device, latent_size, slab)
         return self._vae.encode(pixels, frames_per_call=split, slab=slab)
 
     def normalize(self, latents: Tensor) -> Tensor:
@@ -63,11 +67,10 @@ class FrameCodec:
         shares_rows = self._shard and 1 < self._context.size <= num_rows
         return Slab(self._context, num_rows) if shares_rows else None
 
-    def _frames_per_call(self, device: torch.device, latent_size: tuple[int, int], slab: Slab | None) -> int:
-        if slab is None:
-            return frames_per_call_for(device, self._vae, latent_size)
-        # Neighbours talk in every call, so all take what the one with the least free memory can.
-        split = frames_per_call_for(device, self._vae, (max(slab.counts), latent_size[1]))
+    def _common_frames_per_call(self, device: torch.device, latent_size: tuple[int, int], slab: Slab | None) -> int:
+        """What the rank with the least free memory can take: neighbours talk in every call, and all must round alike."""
+        rows = latent_size[0] if slab is None else max(slab.counts)
+        split = frames_per_call_for(device, self._vae, (rows, latent_size[1]))
         return split if device.type == "cpu" else min(n for (n,) in self._context.gather_numbers([split]))
 
 

@@ -24,10 +24,15 @@ _STATE, _RUN = "state.safetensors", "run.json"
 class Recording:
     """A checkpoint folder. Nothing is written before begin."""
 
-    def __init__(self, folder: str | Path, facts: Mapping[str, str], *, suffix: str, resume: bool) -> None:
+    def __init__(self, folder: str | Path, facts: Mapping[str, str], *, output: str | Path, resume: bool) -> None:
         """facts says what is asked for. Raises ValueError when the folder holds another run, or one and not resume."""
-        self.folder, self._facts, self._suffix = Path(folder), dict(facts), suffix
+        self._suffix = Path(output).suffix
+        self.folder, self._facts = Path(folder), {**facts, "output": self._suffix}
         self._check_folder()
+        if Path(output).resolve().parent == self.folder.resolve():
+            raise ValueError(
+                f"output {output} lies in checkpoint-dir {folder}, whose files are the run's own; move one"
+            )
         self.state_bytes: bytes | None = None
         run = self.folder / _RUN
         if not run.exists():
@@ -46,8 +51,9 @@ class Recording:
     def begin(self) -> None:
         """Make the folder, note what it is for, and remove what a killed run left half-written."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob(".*.tmp*"):
-            leftover.unlink()
+        for pattern in (".chunk_*.tmp*", f".{_STATE}.*.tmp", f".{_RUN}.*.tmp"):
+            for leftover in self.folder.glob(pattern):
+                leftover.unlink()
         temporary = self.folder / f".{_RUN}.{os.getpid()}.tmp"
         temporary.write_text(json.dumps(self._facts, indent=2))
         os.replace(temporary, self.folder / _RUN)

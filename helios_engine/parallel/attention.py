@@ -143,11 +143,15 @@ class SequenceAttention:
         return out.to(q_BLhK.dtype)
 
 
-def check_exchange(name: str, context: ContextParallel, *, num_heads: int, backend: str) -> None:
+def check_exchange(
+    name: str, context: ContextParallel, *, num_heads: int, backend: str, ring_method: str = "rotate"
+) -> None:
     """Raise ValueError where an exchange cannot run with these ranks, heads and this local attention, saying why."""
     if name == "xfuser":
         from helios_engine.parallel import xfuser
 
+        if ring_method != "rotate":
+            raise ValueError(f"ring_method {ring_method} has no effect on exchange xfuser; leave it out")
         xfuser.check(context, num_heads=num_heads, backend=backend)
 
 

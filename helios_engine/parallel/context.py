@@ -224,13 +224,21 @@ class ContextParallel:
             return
         self._watch.check()
         try:
-            yield
+            with self._watch.waiting():
+                yield
             self._watch.check()  # an aborted exchange on a GPU ends as if it had worked
         except expected:
             raise
         except BaseException as error:
+            if self._watch.has_failed and isinstance(error, RuntimeError):
+                self._watch.check()  # what an aborted exchange raises says nothing
             self._watch.report(error)
             raise
+
+    def give_up(self, reason: str) -> None:
+        """Tell the other ranks that this one leaves their common program."""
+        if self._watch is not None:
+            self._watch.report(RuntimeError(reason))
 
     def cause_of_stop(self) -> RankFailure | None:
         """After this rank was interrupted: the other rank's failure that led to it, if that was it."""
@@ -375,9 +383,11 @@ class ContextParallel:
             work.wait()
             return
         try:
-            while not _is_done(work):
-                if self._watch is not None:
-                    self._watch.check()
+            waiting = contextlib.nullcontext() if self._watch is None else self._watch.waiting()
+            with waiting:
+                while not _is_done(work):
+                    if self._watch is not None:
+                        self._watch.check()
         except RankFailure:
             raise
         except RuntimeError as error:

@@ -32,8 +32,10 @@ def own_rank() -> int:
 
 def own_device(name: str) -> str:
     """This rank's device: under torchrun "cuda" and "auto" become the local rank's GPU."""
-    if world_size() == 1 or name == "cpu" or ":" in name:
+    if world_size() == 1 or name == "cpu":
         return name
+    if ":" in name:
+        raise ValueError(f"several ranks take a GPU each, so device {name} cannot be meant; use --device cuda")
     if name == "auto" and not torch.cuda.is_available():
         return "cpu"
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -139,6 +141,8 @@ def start_ranks(num_ranks: int, arguments: Sequence[str]) -> int:
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed."):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # the ranks speak for themselves
+    # Writing the end of a long video takes a while after an interrupt; ranks that hang are the watch's business.
+    patience = {"shutdown_timeout": 600} if "shutdown_timeout" in LaunchConfig.__dataclass_fields__ else {}
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -148,6 +152,7 @@ def start_ranks(num_ranks: int, arguments: Sequence[str]) -> int:
         run_id=f"helios-{os.getpid()}",
         max_restarts=0,
         monitor_interval=0.1,
+        **patience,
     )
     try:
         elastic_launch(config, sys.executable)("-m", "helios_engine.cli", *arguments)

@@ -10,12 +10,13 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
 from torch import distributed as dist
 
 _BEATS_PER_TIMEOUT = 30
+_LONGEST_INTERVAL = 1.0  # seconds
 _LONGEST_CAUSE = 500
 _FAREWELL = 5.0  # seconds
 T = TypeVar("T")
@@ -44,7 +45,8 @@ class Watch:
         self.timeout = timeout
         self._on_failure = on_failure
         self._failure: tuple[int, str] | None = None
-        self._gone: set[int] = set()
+        self._gone: dict[int, float] = {}  # ranks that said goodbye, and when that was seen
+        self._waiting_since: float | None = None
         self._all_stopped = False
         self._interrupted_at: float | None = None
         self._num_exchanges = 0
@@ -58,23 +60,34 @@ class Watch:
     def has_failed(self) -> bool:
         return self._failure is not None
 
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """While this rank needs the others: one that has ended in the meantime will never come."""
+        outer = self._waiting_since
+        self._waiting_since = outer or time.monotonic()
+        try:
+            yield
+        finally:
+            self._waiting_since = outer
+
     def exchange(self, text: str) -> list[str]:
         """Every rank's text, in rank order; no collective. All ranks call it equally often."""
         name = f"exchange/{self._num_exchanges}"
-        self._store.set(f"{name}/{self.rank}", text)
         keys = [f"{name}/{rank}" for rank in range(self.size)]
         pause = 0.001
         try:
-            while not self._store.check(keys):
-                self.check()
-                time.sleep(pause)
-                pause = min(0.05, 2 * pause)
+            self._store.set(f"{name}/{self.rank}", text)
+            with self.waiting():
+                while not self._store.check(keys):
+                    self.check()
+                    time.sleep(pause)
+                    pause = min(0.05, 2 * pause)
+            texts = [self._store.get(key).decode() for key in keys]
+            # Whoever posted here had read everything of the round before.
+            if self._num_exchanges:
+                self._store.delete_key(f"exchange/{self._num_exchanges - 1}/{self.rank}")
         except dist.DistError as error:
             raise RankFailure(0, f"cannot be heard any more ({error})") from None
-        texts = [self._store.get(key).decode() for key in keys]
-        # Whoever posted here had read everything of the round before.
-        if self._num_exchanges:
-            self._store.delete_key(f"exchange/{self._num_exchanges - 1}/{self.rank}")
         self._num_exchanges += 1
         return texts
 
@@ -92,12 +105,17 @@ class Watch:
         except (ValueError, OSError) as error:
             problem = error
             note["problem"] = str(error)
+        except BaseException as error:
+            self.report(error)
+            raise
         notes = [json.loads(text) for text in self.exchange(json.dumps(note))]
         verdict = problem or _disagreement(notes)
         if verdict is None:
             return result
-        self._store.set(f"heard/{self.rank}", "")
-        self._wait_for_all("heard/{}")
+        heard = f"heard/{self._num_exchanges}"
+        with contextlib.suppress(dist.DistError):
+            self._store.set(f"{heard}/{self.rank}", "")
+        self._wait_for_all(heard + "/{}")
         raise verdict
 
     def report(self, error: BaseException) -> None:
@@ -135,7 +153,7 @@ class Watch:
         end = time.monotonic() + (self.timeout or 0.0)
         while self._failure is None and self._thread is not None and time.monotonic() < end:
             if self._gone:
-                return RankFailure(min(self._gone), "has ended")
+                return RankFailure(min(self._gone), "has ended while this rank still needed it")
             time.sleep(0.05)
         if self._failure is None:
             self.report(error)
@@ -159,7 +177,7 @@ class Watch:
 
     def _look_after(self) -> None:
         store = self._store.clone() if hasattr(self._store, "clone") else self._store
-        interval, silence = self.timeout / _BEATS_PER_TIMEOUT, self.timeout / 2
+        interval, silence = min(self.timeout / _BEATS_PER_TIMEOUT, _LONGEST_INTERVAL), self.timeout / 2
         seen: dict[int, tuple[bytes, float]] = {}
         beat = 0
         try:
@@ -188,16 +206,19 @@ class Watch:
             key = f"alive/{rank}"
             sign = store.get(key) if store.check([key]) else b""
             if store.check([f"left/{rank}"]):
-                self._gone.add(rank)
+                self._gone.setdefault(rank, now)
             elif rank not in seen or seen[rank][0] != sign:
                 seen[rank] = (sign, now)
             elif now - seen[rank][1] > silence:
                 return rank, f"has shown no sign of life for {silence:g} s: it was killed, or its machine is gone"
-        self._all_stopped = len(self._gone.union(interrupted)) == self.size
+        since = self._waiting_since
+        if self._gone and since is not None and now - max(since, min(self._gone.values())) > silence:
+            return min(self._gone), "has ended while this rank still needed it"
+        self._all_stopped = len({*self._gone, *interrupted}) == self.size
         if not interrupted or self._all_stopped:
             return None
         self._interrupted_at = self._interrupted_at or now
-        is_late = now - self._interrupted_at > silence + 2 * self.timeout / _BEATS_PER_TIMEOUT
+        is_late = now - self._interrupted_at > silence + 2 * _LONGEST_INTERVAL
         return (interrupted[0], "was interrupted") if is_late else None
 
 

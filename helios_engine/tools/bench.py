@@ -69,13 +69,16 @@ def run(options: Namespace, meeting: launch.Meeting) -> int:
             config = dataclasses.replace(config, device=launch.own_device(config.device))
         return request, config, parallel, plan.is_guided
 
-    request, config, parallel, is_guided = meeting.agreed(prepare, lambda _: {})
+    request, config, parallel, is_guided = meeting.agreed(
+        prepare, lambda found: {"device": found[1].device.partition(":")[0]}
+    )
     if options.num_gpus > 1 and launch.world_size() == 1:
         return launch.start_ranks(options.num_gpus, options.arguments)
     context = meeting.start(parallel, device=config.device, guided=is_guided)
     try:
         engine = Engine.load(options.model, config, context)
-        found = count_bytes(engine, request) if options.bytes else bench(engine, request, repeats=options.repeats)
+        with context.guard():
+            found = count_bytes(engine, request) if options.bytes else bench(engine, request, repeats=options.repeats)
         if context.is_first:
             print(json.dumps(found, indent=2))
     finally:

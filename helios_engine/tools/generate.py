@@ -43,13 +43,15 @@ class Job:
 
 def generate(options: Namespace, meeting: launch.Meeting) -> int:
     """Run the command; returns the exit code."""
-    job = meeting.agreed(lambda: prepare(options), lambda _: {})
+    job = meeting.agreed(lambda: prepare(options), lambda job: {"device": job.config.device.partition(":")[0]})
     if options.dry_run:
         if launch.own_rank() == 0:
             _print_plan(job)
         return 0
     if options.num_gpus > 1 and launch.world_size() == 1:
-        return launch.start_ranks(options.num_gpus, options.arguments)
+        with _stopped_by_hand(job):
+            return launch.start_ranks(options.num_gpus, options.arguments)
+        return 0
     context = meeting.start(job.parallel, device=job.config.device, guided=job.plan.is_guided)
     first_process = context.word(os.getpid())
     try:
@@ -83,8 +85,7 @@ def prepare(options: Namespace) -> Job:
     recording = None
     if options.checkpoint_dir is not None and launch.own_rank() == 0:
         facts = _recording_facts(request, config, checkpoint, options.encoder)
-        suffix = Path(options.output).suffix
-        recording = Recording(options.checkpoint_dir, facts, suffix=suffix, resume=options.resume)
+        recording = Recording(options.checkpoint_dir, facts, output=options.output, resume=options.resume)
     starts_ranks = options.num_gpus > 1 and launch.world_size() == 1
     if not (options.dry_run or starts_ranks):
         config = dataclasses.replace(config, device=launch.own_device(config.device))
@@ -147,16 +148,20 @@ def _write_video(job: Job, context: ContextParallel) -> int:
         print(f"going on after chunk {source.index} of {options.checkpoint_dir}", file=sys.stderr)
     with engine.stream(source, progress=not quiet) as stream:
         if not context.is_first:
-            for _ in stream:
-                pass
+            with _stopped_by_hand(job):
+                for _ in stream:
+                    pass
             return 0
-        # Stopping an endless video by hand is its normal end, so its file is kept.
-        stop = contextlib.suppress(KeyboardInterrupt) if job.request.num_frames is None else contextlib.nullcontext()
-        with _open_writer(job, engine, stream.session) as writer, stop:
+        with _open_writer(job, engine, stream.session) as writer, _stopped_by_hand(job):
             for chunk in stream:
                 writer.write(chunk)
     print(options.output)
     return 0
+
+
+def _stopped_by_hand(job: Job) -> contextlib.AbstractContextManager[None]:
+    """Stopping an endless video by hand is its normal end, so its file is kept."""
+    return contextlib.suppress(KeyboardInterrupt) if job.request.num_frames is None else contextlib.nullcontext()
 
 
 def _open_writer(job: Job, engine: Engine, session: VideoSession) -> Writer | RecordingWriter:

@@ -237,3 +237,26 @@ def sent_per_forward(parallel: ContextParallel, *, folder: str, arguments: dict)
     from helios_engine.tools.bench import count_bytes
 
     return count_bytes(engine(folder, parallel), VideoRequest(**arguments))
+
+
+def close_from_a_thread(parallel: ContextParallel, *, folder: str, arguments: dict) -> list[int]:
+    """Chunks of two videos, the first of them closed by another thread of rank 0 while its second chunk is computed."""
+    import threading
+
+    def chunks(closes: bool) -> int:
+        steps: list[int] = []
+
+        def on_step(*_: object) -> None:
+            steps.append(1)
+            if closes and parallel.is_first and len(steps) == 8:
+                threading.Thread(target=session.close).start()
+
+        request = VideoRequest(**{**arguments, "num_frames": None if closes else 66})
+        session = engine(folder, parallel).open(request, on_step)
+        count = 0
+        while session.next_chunk() is not None:
+            count += 1
+        session.close()
+        return count
+
+    return [chunks(True), chunks(False)]

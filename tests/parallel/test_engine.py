@@ -175,3 +175,12 @@ def test_bench_counts_what_every_rank_sends(ranks, toy, capsys) -> None:
     ]
     assert main(flags) == 0
     assert json.loads(capsys.readouterr().out)["sent_per_forward"]["9+40"] == [{"bytes": {"total": 0}, "calls": {}}]
+
+
+def test_a_thread_of_rank_0_closes_all(ranks, toy) -> None:
+    arguments = {**SMALL, "steps": 6}
+    for degrees in ((1, 1, 1), (3, 1, 1)):
+        results = ranks.run("close_from_a_thread", degrees, folder=str(toy / "base"), arguments=arguments)
+        # The chunk under way ends at the next step, or is the last one when the thread comes late.
+        assert all(first in (1, 2) and second == 2 for first, second in results)
+        assert len({first for first, _ in results}) == 1

@@ -191,3 +191,35 @@ def test_a_killed_run_is_resumed(toy, tmp_path) -> None:
     two, one, whole = (np.load(tmp_path / name / "out.npy") for name in ("two", "one", "whole"))
     assert np.array_equal(two, whole), "bit-equal on as many ranks"
     assert np.abs(one.astype(int) - whole).max() <= 1, "within rounding on another number"
+
+
+@pytest.mark.parametrize(
+    ("leaving", "cause"),
+    [
+        ("context.close(); sys.exit()", "rank 1 has ended while this rank still needed it"),
+        ("session.close(); time.sleep(30)", "rank 1 failed with RuntimeError: closed its video before rank 0 did"),
+    ],
+)
+def test_a_rank_that_leaves_alone_is_named(toy, leaving: str, cause: str) -> None:
+    script = f"""
+import sys, time
+from helios_engine import ContextParallel, Engine, EngineConfig, RankFailure, VideoRequest
+context = ContextParallel.from_torchrun(device="cpu", rank_timeout={TIMEOUT})
+engine = Engine.load(sys.argv[1], EngineConfig(device="cpu"), context)
+session = engine.open(VideoRequest(prompt="A red fox", height=64, width=64, steps=2, num_frames=None))
+session.next_chunk()
+if context.rank == 1:
+    {leaving}
+try:
+    while session.next_chunk():
+        pass
+except RankFailure as error:
+    print(error, flush=True)
+"""
+    port = _free_port()
+    ranks = [_start(rank, 2, port, "-c", script, str(toy / "base")) for rank in range(2)]
+    try:
+        (_, text), *_ = _ends(ranks[:1], 40)
+    finally:
+        ranks[1].kill()
+    assert text.splitlines()[0] == f"{cause}; the other ranks have stopped"
