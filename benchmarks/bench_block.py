@@ -41,20 +41,24 @@ def make_ours(noisy: int, grid: tuple[int, int]):
     init_random_(block, 0)
     attention = choose_attention("auto", device=torch.device("cpu"), dtype=torch.bfloat16, head_dim=128)
     x = torch.randn(1, HISTORY + noisy, CONFIG.dim).bfloat16()
-    rotation = torch.cat([rope.history_table(CONFIG, 24, 40), rope.chunk_table(CONFIG, grid[0] // 2, grid[1] // 2)])
-    rows = Modulation(*torch.randn(6, 2, CONFIG.dim).unbind(0))
+    tables = [rope.history_table(CONFIG, 24, 40), rope.chunk_table(CONFIG, grid[0] // 2, grid[1] // 2)]
+    rotation = torch.view_as_real(torch.cat(tables)).contiguous()
+    rows = Modulation(*torch.randn(8, 2, CONFIG.dim).unbind(0))
     text_kv = block.text_keys_values(torch.randn(1, TEXT, CONFIG.dim).bfloat16())
 
     sequence_attention = SequenceAttention(ContextParallel.single(), attention)
     layout = TokenLayout.make(HISTORY, noisy, CONFIG.num_attention_heads, num_ranks=1)
     attend = functools.partial(sequence_attention, layout=layout)
 
+    h = block.normed(x, rows, num_history=HISTORY)
+
     def run() -> None:
         own = x.clone()
-        qkv = block.project(own, rotation, rows, num_history=HISTORY)
-        block.attend_self_(own, qkv, rows, num_history=HISTORY, noisy_only=False, attend=attend)
-        block.attend_text_(own[:, HISTORY:], text_kv, attention=attention)
-        block.feed_forward_(own, rows, num_history=HISTORY)
+        # The first norm is the last thing the block before does; here the last thing this one does for the next.
+        qkv = block.project(h, rotation, num_history=HISTORY)
+        own_h = block.attend_self_(own, qkv, rows, num_history=HISTORY, noisy_only=False, attend=attend)
+        block.attend_text_(own[:, HISTORY:], own_h[:, HISTORY:], text_kv, rows, num_history=0, attention=attention)
+        block.feed_forward_(own, own_h, rows, rows, num_history=HISTORY)
 
     return run
 

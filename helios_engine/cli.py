@@ -111,7 +111,8 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--revision", help="hub revision when the source is a hub id")
 
     inspect = _command(commands, "inspect", _inspect, "what a checkpoint is, and whether its files are whole")
-    inspect.add_argument("model", metavar="PATH", help="folder or hub id")
+    inspect.add_argument("model", metavar="PATH", nargs="?", help="folder or hub id")
+    inspect.add_argument("--ops", action="store_true", help="which operators run here: compiled or plain torch")
     inspect.add_argument("--revision", help="hub revision when it is a hub id")
 
     toy = _command(commands, "toy", _toy, "write small random checkpoints to try things with")
@@ -218,8 +219,15 @@ def _convert(options: argparse.Namespace, meeting: launch.Meeting) -> int:
 
 
 def _inspect(options: argparse.Namespace, meeting: launch.Meeting) -> int:
-    from helios_engine.tools.inspect import inspect_build, inspect_checkpoint
+    from helios_engine.tools.inspect import inspect_build, inspect_checkpoint, inspect_operators
 
+    if options.ops:
+        for line in inspect_build() + inspect_operators():
+            print(line)
+        if options.model is None:
+            return 0
+    if options.model is None:
+        raise ValueError("name a checkpoint to inspect, or ask for --ops")
     found = inspect_checkpoint(options.model, options.revision)
     for line in found.lines + inspect_build():
         print(line)

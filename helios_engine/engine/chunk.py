@@ -15,7 +15,6 @@ from helios_engine.config import LATENT_FRAMES_PER_CHUNK, SchedulerConfig
 from helios_engine.engine.control import Control
 from helios_engine.engine.plan import Plan
 from helios_engine.model.transformer import ChunkContext, Transformer
-from helios_engine.ops import reference as ops
 from helios_engine.sampling import guidance, pyramid
 from helios_engine.sampling.noise import NoiseSource
 from helios_engine.sampling.solver import make_solver
@@ -46,9 +45,9 @@ def denoise_chunk(transformer: Transformer, scheduler: SchedulerConfig, noise_fa
         with span("stage"):
             if stage:
                 alpha, beta = pyramid.renoise_weights(schedule.ori_start_sigma, scheduler.gamma)
-                noise = _block_noise(latents, noise_factor, job).to(dtype)
-                latents = pyramid.enlarge(latents, noise, alpha=alpha, beta=beta)
-            solver = make_solver(scheduler, schedule, latents)
+                draws = _block_draws(latents, job)
+                latents = pyramid.enlarge(latents, draws, noise_factor, alpha=alpha, beta=beta, dtype=dtype)
+            solver = make_solver(scheduler, schedule, latents, transformer.config.patch_size)
             for step, timestep in enumerate(schedule.timesteps):
                 job.control.check()
                 with span("step"):
@@ -66,28 +65,23 @@ def _initial_noise(transformer: Transformer, job: ChunkJob) -> Tensor:
     return torch.cat([source.normal(*shape) for source in job.noise])
 
 
-def _block_noise(latents_BCTHW: Tensor, factor: Tensor, job: ChunkJob) -> Tensor:
-    """Correlated noise at twice the resolution of the latents, each video's from its own source."""
-    _, channels, frames, height, width = latents_BCTHW.shape
-    shape = (1, channels, frames, height * 2, width * 2)
-    num_blocks = channels * frames * height * width
-    draws = (source.normal(num_blocks, 4).to(factor.device) for source in job.noise)
-    return torch.cat([pyramid.block_noise(draw, factor, shape) for draw in draws])
+def _block_draws(latents_BCTHW: Tensor, job: ChunkJob) -> Tensor:
+    """Normal draws [B * C * T * H * W, 4], a block each, every video's from its own source."""
+    num_blocks = latents_BCTHW[0].numel()
+    return torch.cat([source.normal(num_blocks, 4).to(latents_BCTHW.device) for source in job.noise])
 
 
 def _velocity(
     transformer: Transformer, job: ChunkJob, latents: Tensor, stage: int, step: int, timestep: float
 ) -> Tensor:
-    """The (guided) velocity [B, C, 9, H, W] in the model's dtype."""
+    """The (guided) velocity as output rows [B, N, C * patch] in the model's dtype."""
     plan = job.plan
-    dtype = transformer.project_out.weight.dtype
+    weight = transformer.project_out.weight
     if plan.holds_still(stage, step):
-        return torch.zeros_like(latents, dtype=dtype)
+        return weight.new_zeros(latents.size(0), latents[0].numel() // weight.size(0), weight.size(0))
     shown = float(int(timestep)) if plan.recipe.integer_timesteps else timestep
-    rows = transformer(latents.to(dtype), shown, job.context)
-    rows_BND = rows[0]
-    if plan.is_guided:
-        recipe = plan.recipe
-        rows_BND = guidance.combine(*rows, scale=recipe.guidance_scale, zero_star=recipe.cfg_zero_star)
-    grid = (latents.size(2), latents.size(3) // 2, latents.size(4) // 2)
-    return ops.unpatchify(rows_BND, grid, transformer.config.patch_size)
+    rows = transformer(latents.to(weight.dtype), shown, job.context)
+    if not plan.is_guided:
+        return rows[0]
+    recipe = plan.recipe
+    return guidance.combine(*rows, scale=recipe.guidance_scale, zero_star=recipe.cfg_zero_star)

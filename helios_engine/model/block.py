@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from helios_engine.config import ModelConfig
-from helios_engine.ops import reference as ops
+from helios_engine.ops import native as ops
 from helios_engine.ops.attention import Attention
 
 _MAX_HISTORY_SCALE = 10.0
@@ -22,7 +22,11 @@ _MAX_HISTORY_SCALE = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Modulation:
-    """A block's AdaLN rows, float32 [2, D] each; weights are 1 + scale."""
+    """A block's AdaLN rows, float32 [2, D] each; weights are 1 + scale.
+
+    middle is the norm after self-attention: rows that attend to the text take the text norm's own weight and bias, the
+    others already the feed-forward's. None where the model has no text norm.
+    """
 
     attention_bias: Tensor
     attention_weight: Tensor
@@ -30,6 +34,8 @@ class Modulation:
     feed_forward_bias: Tensor
     feed_forward_weight: Tensor
     feed_forward_gate: Tensor
+    middle_weight: Tensor | None
+    middle_bias: Tensor | None
 
 
 class Block(nn.Module):
@@ -69,36 +75,32 @@ class Block(nn.Module):
         scale = 1.0 + torch.sigmoid(self.history_key_scale) * (_MAX_HISTORY_SCALE - 1.0)
         return scale.expand(self.num_heads)
 
-    def project(self, x_BLD: Tensor, rotation_LK: Tensor, rows: Modulation, *, num_history: int) -> Tensor:
-        """Normalised, rotated q, k and plain v of some rows, side by side: [B, L, 3 D]."""
-        h_BLD = ops.norm_scale_shift(
+    def normed(self, x_BLD: Tensor, rows: Modulation, *, num_history: int) -> Tensor:
+        """x as project takes it."""
+        return ops.norm_scale_shift(
             x_BLD, rows.attention_weight, rows.attention_bias, num_history=num_history, eps=self.eps
         )
-        qkv = self.qkv(h_BLD)
-        q, k, _ = qkv.chunk(3, dim=-1)
-        ops.rms_norm_rope_(q, self.norm_q, rotation_LK, eps=self.eps)
-        self._finish_keys_(k, rotation_LK, num_history)
-        return qkv
 
-    def project_skipping_queries(
-        self, x_BLD: Tensor, rotation_LK: Tensor, rows: Modulation, *, num_history: int
-    ) -> Tensor:
-        """As project, but the history rows' queries are left unset."""
-        dim = x_BLD.size(-1)
-        qkv = x_BLD.new_empty(*x_BLD.shape[:2], 3 * dim)
-        history_BLD = ops.norm_scale_shift(
-            x_BLD[:, :num_history], rows.attention_weight, rows.attention_bias, num_history=num_history, eps=self.eps
-        )
-        qkv[:, :num_history, dim:] = F.linear(history_BLD, self.qkv.weight[dim:], self.qkv.bias[dim:])
-        self._finish_keys_(qkv[:, :num_history, dim : 2 * dim], rotation_LK[:num_history], num_history)
-        qkv[:, num_history:] = self.project(x_BLD[:, num_history:], rotation_LK[num_history:], rows, num_history=0)
-        return qkv
+    def project(self, h_BLD: Tensor, rotation_LK2: Tensor, *, num_history: int, first_query: int = 0) -> Tensor:
+        """Normalised, rotated q, k and plain v of normed rows, side by side: [B, L, 3 D].
 
-    def _finish_keys_(self, k_BLD: Tensor, rotation_LK: Tensor, num_history: int) -> None:
-        scale = self.history_scale()
-        ops.rms_norm_rope_(
-            k_BLD, self.norm_k, rotation_LK, eps=self.eps, history_scale_H=scale, num_history=num_history
+        Queries of the rows before first_query are left unset.
+        """
+        if first_query:
+            qkv = h_BLD.new_empty(*h_BLD.shape[:2], 3 * h_BLD.size(-1))
+            dim = h_BLD.size(-1)
+            qkv[:, :first_query, dim:] = F.linear(h_BLD[:, :first_query], self.qkv.weight[dim:], self.qkv.bias[dim:])
+            qkv[:, first_query:] = self.qkv(h_BLD[:, first_query:])
+        else:
+            qkv = self.qkv(h_BLD)
+        ops.qk_rms_norm_rope_(
+            *(qkv, self.norm_q, self.norm_k, rotation_LK2),
+            eps=self.eps,
+            history_scale_H=self.history_scale(),
+            num_history=num_history,
+            first_query=first_query,
         )
+        return qkv
 
     def attend_self_(
         self,
@@ -109,15 +111,24 @@ class Block(nn.Module):
         num_history: int,
         noisy_only: bool,
         attend: Callable[..., Tensor],
-    ) -> None:
-        """x += gate * self-attention, for all rows or for the noisy ones alone.
+    ) -> Tensor | None:
+        """x += gate * self-attention, for all rows or for the noisy ones alone; returns those rows through the middle norm.
 
-        attend(qkv [B, l, 3, H, K], noisy_only=...) gives the attended rows; it may talk to other ranks.
+        attend(qkv [B, l, 3, H, K], noisy_only=...) gives the attended rows; it may talk to other ranks. Without a text
+        norm nothing is returned.
         """
         qkv = qkv_BlD.unflatten(-1, (3, self.num_heads, self.head_dim))
         skipped = num_history if noisy_only else 0
-        attended = self.out(attend(qkv, noisy_only=noisy_only).flatten(2))
-        ops.gated_residual_(x_BlD[:, skipped:], attended, rows.attention_gate, num_history=num_history - skipped)
+        update = self.out(attend(qkv, noisy_only=noisy_only).flatten(2))
+        own, gate = x_BlD[:, skipped:], rows.attention_gate
+        if rows.middle_weight is None:
+            ops.gated_residual_(own, update, gate, num_history=num_history - skipped)
+            return None
+        return ops.residual_gate_norm_(
+            *(own, update, gate, rows.middle_weight, rows.middle_bias),
+            num_history=num_history - skipped,
+            eps=self.eps,
+        )
 
     def text_keys_values(self, text_BTD: Tensor) -> Tensor:
         """Keys and values of the prompt, side by side [B, T, 2 D]; they depend on nothing else."""
@@ -125,25 +136,54 @@ class Block(nn.Module):
         ops.rms_norm_(kv.chunk(2, dim=-1)[0], self.cross_norm_k, eps=self.eps)
         return kv
 
-    def attend_text_(self, x_BLD: Tensor, text_kv_BTD: Tensor, *, attention: Attention) -> None:
-        """x += cross-attention to the text. There is no mask: padding rows are attended to, as the model was trained."""
-        h_BLD = x_BLD
-        if self.text_norm is not None:
-            weight, bias = (row.expand(2, -1) for row in (self.text_norm.weight, self.text_norm.bias))
-            h_BLD = ops.norm_scale_shift(x_BLD, weight, bias, num_history=0, eps=self.eps)
-        q_BLD = self.cross_q(h_BLD)
+    def attend_text_(
+        self,
+        x_BLD: Tensor,
+        h_BLD: Tensor | None,
+        text_kv_BTD: Tensor,
+        rows: Modulation,
+        *,
+        num_history: int,
+        attention: Attention,
+    ) -> None:
+        """x += cross-attention to the text; h, the same rows through the middle norm, becomes what feed_forward_ takes.
+
+        There is no mask: padding rows are attended to, as the model was trained.
+        """
+        q_BLD = self.cross_q(x_BLD if h_BLD is None else h_BLD)
         ops.rms_norm_(q_BLD, self.cross_norm_q, eps=self.eps)
         k, v = text_kv_BTD.unflatten(-1, (2, self.num_heads, self.head_dim)).unbind(2)
-        attended = attention(q_BLD.unflatten(-1, (self.num_heads, self.head_dim)), k, v)
-        ops.gated_residual_(x_BLD, self.cross_out(attended.flatten(2)), None, num_history=0)
-
-    def feed_forward_(self, x_BLD: Tensor, rows: Modulation, *, num_history: int) -> None:
-        """x += gate * feed-forward."""
-        h_BLD = ops.norm_scale_shift(
-            x_BLD, rows.feed_forward_weight, rows.feed_forward_bias, num_history=num_history, eps=self.eps
+        update = self.cross_out(attention(q_BLD.unflatten(-1, (self.num_heads, self.head_dim)), k, v).flatten(2))
+        if h_BLD is None:
+            ops.gated_residual_(x_BLD, update, None, num_history=0)
+            return
+        ops.residual_gate_norm_(
+            *(x_BLD, update, None, rows.feed_forward_weight, rows.feed_forward_bias),
+            num_history=num_history,
+            eps=self.eps,
+            out=h_BLD,
         )
-        update = self.ffn_down(ops.gelu_(self.ffn_up(h_BLD)))
-        ops.gated_residual_(x_BLD, update, rows.feed_forward_gate, num_history=num_history)
+
+    def feed_forward_(
+        self, x_BLD: Tensor, h_BLD: Tensor | None, rows: Modulation, following: Modulation | None, *, num_history: int
+    ) -> Tensor | None:
+        """x += gate * feed-forward; returns x as the following block's project takes it, where there is one.
+
+        h is x through the feed-forward's norm, or None to have it computed.
+        """
+        if h_BLD is None:
+            h_BLD = ops.norm_scale_shift(
+                x_BLD, rows.feed_forward_weight, rows.feed_forward_bias, num_history=num_history, eps=self.eps
+            )
+        update, gate = self.ffn_down(ops.gelu_(self.ffn_up(h_BLD))), rows.feed_forward_gate
+        if following is None:
+            ops.gated_residual_(x_BLD, update, gate, num_history=num_history)
+            return None
+        return ops.residual_gate_norm_(
+            *(x_BLD, update, gate, following.attention_weight, following.attention_bias),
+            num_history=num_history,
+            eps=self.eps,
+        )
 
     def checkpoint_slots(self) -> dict[str, Tensor]:
         """Checkpoint name below "blocks.N." -> the tensor to fill, viewed in the checkpoint's shape."""

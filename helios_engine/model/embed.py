@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from helios_engine.config import ModelConfig
 from helios_engine.model.cache import BoundedCache
-from helios_engine.ops import reference as ops
+from helios_engine.ops import native as ops
 
 _TIMESTEPS_KEPT = 256  # 72 KB each for the 14 B model
 
@@ -67,9 +67,15 @@ class Embedder(nn.Module):
         self.text_out = nn.Linear(dim, dim, dtype=dtype)
         self._time_cache: BoundedCache[TimeRows] = BoundedCache(_TIMESTEPS_KEPT)
 
-    def noisy(self, latents_BCTHW: Tensor, rows: slice = slice(None)) -> Tensor:
-        """Tokens [B, n, D] of the chunk being denoised, or of some of its rows."""
-        return self._project("noisy", self._patches("noisy", latents_BCTHW)[:, rows])
+    def noisy(self, latents_BCTHW: Tensor, rows: slice = slice(None), *, after: Tensor | None = None) -> Tensor:
+        """Tokens [B, n, D] of the chunk being denoised, or of some of its rows; behind a copy of other tokens, if given."""
+        patches = self._patches("noisy", latents_BCTHW, rows)
+        if after is None:
+            return self.patch["noisy"](patches)
+        tokens = self._buffer(patches, after.size(1) + patches.size(1))
+        tokens[:, : after.size(1)] = after
+        self._project_into(tokens[:, after.size(1) :], "noisy", patches)
+        return tokens
 
     def history_patches(self, window: HistoryWindow) -> list[tuple[str, Tensor]]:
         """The history's patches by group, [long, mid, short], before any weight is applied."""
@@ -77,22 +83,30 @@ class Embedder(nn.Module):
         return [(name, self._patches(name, latents)) for name, latents in groups if latents is not None]
 
     def history(self, patches: list[tuple[str, Tensor]], rows: slice) -> Tensor:
-        """Tokens [B, n, D] of some rows of the history, counted over all groups."""
-        parts, offset = [], 0
+        """Tokens [B, n, D] of some rows of the history, counted over all groups; every group lands in one buffer."""
+        tokens = self._buffer(patches[0][1], max(0, rows.stop - rows.start))
+        offset = 0
         for name, group in patches:
             start, stop = max(rows.start - offset, 0), min(rows.stop - offset, group.size(1))
-            offset += group.size(1)
             if stop > start:
-                parts.append(self._project(name, group[:, start:stop]))
-        if not parts:
-            return patches[0][1].new_empty(patches[0][1].size(0), 0, self.text_out.out_features)
-        return torch.cat(parts, dim=1)
+                first = offset + start - rows.start
+                self._project_into(tokens[:, first : first + stop - start], name, group[:, start:stop])
+            offset += group.size(1)
+        return tokens
 
-    def _patches(self, name: str, latents_BCTHW: Tensor) -> Tensor:
-        return ops.patch_rows(latents_BCTHW.to(self.patch[name].weight.dtype), self.kernels[name])
+    def _buffer(self, patches: Tensor, num_tokens: int) -> Tensor:
+        return patches.new_empty(patches.size(0), num_tokens, self.text_out.out_features)
 
-    def _project(self, name: str, patches: Tensor) -> Tensor:
-        return self.patch[name](patches)
+    def _patches(self, name: str, latents_BCTHW: Tensor, rows: slice = slice(None)) -> Tensor:
+        dtype = self.patch[name].weight.dtype
+        return ops.patch_rows(latents_BCTHW, self.kernels[name], dtype=dtype, rows=rows)
+
+    def _project_into(self, tokens: Tensor, name: str, patches: Tensor) -> None:
+        layer = self.patch[name]
+        if patches.size(0) == 1:
+            torch.addmm(layer.bias, patches[0], layer.weight.t(), out=tokens[0])
+        else:
+            tokens.copy_(layer(patches))
 
     def time(self, timestep: float) -> TimeRows:
         """The rows of a timestep, computed once: the time MLP reads 425 MB of weights in the 14 B model."""

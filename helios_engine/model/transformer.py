@@ -17,7 +17,7 @@ from helios_engine.model import rope
 from helios_engine.model.block import Block, Modulation
 from helios_engine.model.cache import BoundedCache
 from helios_engine.model.embed import Embedder, HistoryWindow
-from helios_engine.ops import reference as ops
+from helios_engine.ops import native as ops
 from helios_engine.ops.attention import Attention
 from helios_engine.parallel.attention import SequenceAttention, make_sequence_attention
 from helios_engine.parallel.context import ContextParallel
@@ -45,7 +45,7 @@ class ChunkContext:
 
     total_history: int  # tokens over all ranks
     history_BlD: Tensor | None  # tokens before the first block
-    history_rotation: Tensor | None  # [l, K/2]
+    history_rotation: Tensor | None  # [l, K/2, 2]
     first_qkv: Tensor | None  # the first block's q, k, v of the history rows; None where they depend on the timestep
     texts: tuple[TextContext, ...]  # the prompts this rank computes
 
@@ -59,7 +59,7 @@ class _Forward:
     """What one forward's blocks have in common."""
 
     layout: TokenLayout
-    rotation: Tensor  # [l, K/2] of this rank's tokens
+    rotation: Tensor  # [l, K/2, 2] of this rank's tokens
     modulations: list[Modulation]
     context: ChunkContext
 
@@ -82,6 +82,7 @@ class Transformer(nn.Module):
         self._tables: BoundedCache[Tensor] = BoundedCache(_SHAPES_KEPT)
         self._layouts: BoundedCache[TokenLayout] = BoundedCache(_SHAPES_KEPT)
         self._history_rows: Tensor | None = None
+        self._text_rows: Tensor | None = None
 
     def connect(
         self, attention: Attention, parallel: ContextParallel, *, ring_method: str = "rotate", exchange: str = "packed"
@@ -115,7 +116,8 @@ class Transformer(nn.Module):
         first_qkv = None
         if self.config.zero_history_timestep:
             first = self._modulations(0.0)[0]
-            first_qkv = self.blocks[0].project(history_BlD, rotation, first, num_history=num_history)
+            normed = self.blocks[0].normed(history_BlD, first, num_history=num_history)
+            first_qkv = self.blocks[0].project(normed, rotation, num_history=num_history)
         return ChunkContext(total, history_BlD, rotation, first_qkv, texts)
 
     def forward(self, latents_BCTHW: Tensor, timestep: float, context: ChunkContext) -> tuple[Tensor, ...]:
@@ -127,61 +129,84 @@ class Transformer(nn.Module):
         grid = (latents_BCTHW.size(-2) // 2, latents_BCTHW.size(-1) // 2)
         layout = self._layout(context.total_history, latents_BCTHW.size(2) * grid[0] * grid[1])
         own = layout.noisy_slice(self.parallel.sequence_rank)
-        x_BlD = self.embed.noisy(latents_BCTHW, own)
-        rotation = self._chunk_table(*grid)[own]
         num_history = context.num_history
+        rotation = self._chunk_table(*grid)[own]
+        x_BlD = self.embed.noisy(latents_BCTHW, own, after=context.history_BlD)
         if context.history_BlD is not None:
-            x_BlD = torch.cat([context.history_BlD, x_BlD], dim=1)
             rotation = torch.cat([context.history_rotation, rotation])
         work = _Forward(layout, rotation, self._modulations(timestep), context)
         # Text enters at the first block's cross-attention, so what comes before is shared by all prompts.
         with span("self_attention"):
-            self._attend_self_(0, x_BlD, work)
+            h_BlD = self._attend_self_(0, x_BlD, None, work)
         share_history = len(context.texts) > 1 and self.config.guidance_cross_attn and len(self.blocks) > 1
         if share_history and num_history:
             with span("feed_forward"):
-                self.blocks[0].feed_forward_(x_BlD[:, :num_history], work.modulations[0], num_history=num_history)
+                rows, h = work.modulations[0], None if h_BlD is None else h_BlD[:, :num_history]
+                self.blocks[0].feed_forward_(x_BlD[:, :num_history], h, rows, None, num_history=num_history)
         outputs = []
         for text in context.texts:
-            own_BlD = x_BlD.clone() if len(context.texts) > 1 else x_BlD
-            self._finish_(own_BlD, work, text, history_done=share_history)
+            own_BlD, own_h = x_BlD, h_BlD
+            if len(context.texts) > 1:
+                own_BlD, own_h = x_BlD.clone(), None if h_BlD is None else h_BlD.clone()
+            self._finish_(own_BlD, own_h, work, text, history_done=share_history)
             rows = self._output(own_BlD[:, num_history:], timestep)
             outputs.append(self.parallel.gather_rows(rows, layout.noisy, "gather"))
         if self.parallel.degrees.cfg > 1:
             return self.parallel.exchange_branches(outputs[0], "branches")
         return tuple(outputs)
 
-    def _finish_(self, x_BlD: Tensor, work: _Forward, text: TextContext, *, history_done: bool) -> None:
-        """Everything after the first block's self-attention, in place."""
+    def _finish_(
+        self, x_BlD: Tensor, h_BlD: Tensor | None, work: _Forward, text: TextContext, *, history_done: bool
+    ) -> None:
+        """Everything after the first block's self-attention, in place; h is x through that block's middle norm.
+
+        After a block's self-attention h holds its rows, all of them or in the last block the noisy ones, each ready for
+        what comes next to it. After a feed-forward over all rows it is what the next block projects.
+        """
         num_history = work.context.num_history
         text_from = num_history if self.config.guidance_cross_attn else 0
         last = len(self.blocks) - 1
         for index, block in enumerate(self.blocks):
+            rows = work.modulations[index]
             if index:
                 with span("self_attention"):
-                    self._attend_self_(index, x_BlD, work)
-            with span("cross_attention"):
-                start = num_history if index == last else text_from
-                block.attend_text_(x_BlD[:, start:], text.keys_values[index], attention=self.attention)
-            with span("feed_forward"):
-                skip_history = index == last or (index == 0 and history_done)
-                start = num_history if skip_history else 0
-                block.feed_forward_(x_BlD[:, start:], work.modulations[index], num_history=num_history - start)
+                    h_BlD = self._attend_self_(index, x_BlD, h_BlD, work)
+            first = num_history if index == last else 0  # h's first row in x
 
-    def _attend_self_(self, index: int, x_BlD: Tensor, work: _Forward) -> None:
+            def part(start: int, h: Tensor | None = h_BlD, first: int = first) -> Tensor | None:
+                return None if h is None else h[:, start - first :]
+
+            with span("cross_attention"):
+                start = max(first, text_from)
+                block.attend_text_(
+                    *(x_BlD[:, start:], part(start), text.keys_values[index], rows),
+                    num_history=num_history - start,
+                    attention=self.attention,
+                )
+            with span("feed_forward"):
+                start = num_history if index == last or (index == 0 and history_done) else 0
+                following = work.modulations[index + 1] if start == 0 and index < last else None
+                h_BlD = block.feed_forward_(
+                    x_BlD[:, start:], part(start), rows, following, num_history=num_history - start
+                )
+
+    def _attend_self_(self, index: int, x_BlD: Tensor, h_BlD: Tensor | None, work: _Forward) -> Tensor | None:
+        """One block's self-attention; h is x as the block projects it, or None to have it computed."""
         block, rows, context = self.blocks[index], work.modulations[index], work.context
         num_history = context.num_history
         # After the last block only noisy rows are read, so its history rows need keys and values alone.
         noisy_only = index == len(self.blocks) - 1
         if index == 0 and context.first_qkv is not None:
-            noisy = block.project(x_BlD[:, num_history:], work.rotation[num_history:], rows, num_history=0)
+            noisy = block.normed(x_BlD[:, num_history:], rows, num_history=0)
+            noisy = block.project(noisy, work.rotation[num_history:], num_history=0)
             qkv = torch.cat([context.first_qkv, noisy], dim=1)
-        elif noisy_only and num_history:
-            qkv = block.project_skipping_queries(x_BlD, work.rotation, rows, num_history=num_history)
         else:
-            qkv = block.project(x_BlD, work.rotation, rows, num_history=num_history)
+            if h_BlD is None:
+                h_BlD = block.normed(x_BlD, rows, num_history=num_history)
+            first_query = num_history if noisy_only else 0
+            qkv = block.project(h_BlD, work.rotation, num_history=num_history, first_query=first_query)
         attend = functools.partial(self._sequence_attention, layout=work.layout)
-        block.attend_self_(x_BlD, qkv, rows, num_history=num_history, noisy_only=noisy_only, attend=attend)
+        return block.attend_self_(x_BlD, qkv, rows, num_history=num_history, noisy_only=noisy_only, attend=attend)
 
     def _output(self, x_BND: Tensor, timestep: float) -> Tensor:
         embedding = self.embed.time(timestep).embedding_D.float()
@@ -200,7 +225,20 @@ class Transformer(nn.Module):
             history_rows = self._history_rows
         rows = torch.stack([history_rows, noisy_rows], dim=2)  # [layers, 6, 2, D]
         rows[:, 1::3] += 1
-        return [Modulation(*layer.unbind(0)) for layer in rows.unbind(0)]
+        middle = self._middle_rows(rows)
+        return [Modulation(*layer.unbind(0), *m) for layer, m in zip(rows.unbind(0), middle, strict=True)]
+
+    def _middle_rows(self, rows: Tensor) -> list[tuple[Tensor | None, Tensor | None]]:
+        """(weight, bias) of every block's norm after self-attention, [2, D] each; see Modulation."""
+        if not self.config.cross_attn_norm:
+            return [(None, None)] * len(self.blocks)
+        if self._text_rows is None:
+            norms = [block.text_norm for block in self.blocks]
+            self._text_rows = torch.stack([torch.stack([norm.weight, norm.bias]) for norm in norms])
+        middle = self._text_rows.unsqueeze(2).expand(-1, -1, 2, -1)  # [layers, weight and bias, 2, D]
+        if self.config.guidance_cross_attn:
+            middle = torch.stack([rows[:, [4, 3], 0], middle[:, :, 1]], dim=2)
+        return [tuple(layer.unbind(0)) for layer in middle.unbind(0)]
 
     def _layout(self, num_history: int, num_noisy: int) -> TokenLayout:
         degrees = self.parallel.degrees
@@ -214,15 +252,19 @@ class Transformer(nn.Module):
 
     def _chunk_table(self, rows: int, columns: int) -> Tensor:
         return self._tables.get(
-            ("chunk", rows, columns), lambda: rope.chunk_table(self.config, rows, columns).to(self.modulation.device)
+            ("chunk", rows, columns), lambda: self._as_table(rope.chunk_table(self.config, rows, columns))
         )
 
     def _history_table(self, rows: int, columns: int, window: HistoryWindow) -> Tensor:
         present = {name: getattr(window, name) is not None for name in ("long", "mid", "short")}
         return self._tables.get(
             ("history", rows, columns, *present.values()),
-            lambda: rope.history_table(self.config, rows, columns, **present).to(self.modulation.device),
+            lambda: self._as_table(rope.history_table(self.config, rows, columns, **present)),
         )
+
+    def _as_table(self, rotation_LK: Tensor) -> Tensor:
+        """Cosine and sine side by side, [L, K/2, 2], on the model's device."""
+        return torch.view_as_real(rotation_LK).contiguous().to(self.modulation.device)
 
     def checkpoint_slots(self) -> dict[str, Tensor]:
         """Checkpoint name -> the tensor to fill, viewed in the checkpoint's shape."""
@@ -236,7 +278,7 @@ class Transformer(nn.Module):
 
     def forget(self) -> None:
         """Drop what was computed from the weights; call after changing them."""
-        self._history_rows = None
+        self._history_rows = self._text_rows = None
         self.embed._time_cache.clear()
 
 

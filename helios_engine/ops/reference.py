@@ -8,7 +8,7 @@ bfloat16, two cores, a gated residual takes 6 ms that way against 106 ms for who
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -66,29 +66,89 @@ def rms_norm_(x_BLD: Tensor, weight_D: Tensor, *, eps: float) -> None:
         x_BLD[:, rows] = _rms_norm(x_BLD[:, rows], weight_D, eps)
 
 
-def rms_norm_rope_(
+def residual_gate_norm_(
     x_BLD: Tensor,
-    weight_D: Tensor,
-    rotation_LK: Tensor,
+    update_BLD: Tensor,
+    gate_SD: Tensor | None,
+    weight_SD: Tensor,
+    bias_SD: Tensor,
+    *,
+    num_history: int,
+    eps: float,
+    out: Tensor | None = None,
+) -> Tensor:
+    """gated_residual_, then norm_scale_shift of the result."""
+    gated_residual_(x_BLD, update_BLD, gate_SD, num_history=num_history)
+    return norm_scale_shift(x_BLD, weight_SD, bias_SD, num_history=num_history, eps=eps, out=out)
+
+
+def qk_rms_norm_rope_(
+    qkv_BLE: Tensor,
+    q_weight_D: Tensor,
+    k_weight_D: Tensor,
+    rotation_LK2: Tensor,
     *,
     eps: float,
     history_scale_H: Tensor | None = None,
     num_history: int = 0,
+    first_query: int = 0,
 ) -> None:
-    """RMSNorm over the whole width, then rotary embedding per head, in place; rounded after each, as the reference does.
+    """RMSNorm over the whole width, then rotary embedding per head, of q and k in qkv [B, L, 3 D], in place.
 
-    rotation [L, K/2] is complex64, cos + i sin, and turns the pairs (2i, 2i + 1) of every head. history_scale [H]
-    multiplies the first num_history rows afterwards (amplified history keys). Rows may be strided.
+    rotation [L, K/2, 2] holds cosine and sine and turns the pairs (2i, 2i + 1) of every head. history_scale [H]
+    multiplies the first num_history rows' keys afterwards (amplified history keys). Queries of rows before first_query
+    are left as they are. Rounded after the norm, after the rotation and after the scaling, as the reference does.
     """
-    head_dim = rotation_LK.size(1) * 2
+    q, k, _ = qkv_BLE.chunk(3, dim=-1)
+    _norm_and_turn_(q[:, first_query:], q_weight_D, rotation_LK2[first_query:], eps)
+    _norm_and_turn_(k, k_weight_D, rotation_LK2, eps)
+    if history_scale_H is not None and num_history:
+        heads = k[:, :num_history].unflatten(-1, (history_scale_H.numel(), -1))
+        heads.copy_(heads.float() * history_scale_H[:, None])
+
+
+def _norm_and_turn_(x_BLD: Tensor, weight_D: Tensor, rotation_LK2: Tensor, eps: float) -> None:
+    half = rotation_LK2.size(1)
+    rotation = torch.view_as_complex(rotation_LK2)
     for rows in _row_blocks(x_BLD, 0, x_BLD.size(1)):
         normed = _rms_norm(x_BLD[:, rows], weight_D, eps).to(x_BLD.dtype)
-        pairs = torch.view_as_complex(normed.float().unflatten(-1, (-1, head_dim // 2, 2)))
-        turned = torch.view_as_real(pairs * rotation_LK[rows, None]).flatten(-3)
-        x_BLD[:, rows] = turned
-    if history_scale_H is not None and num_history:
-        heads = x_BLD[:, :num_history].unflatten(-1, (-1, head_dim))
-        heads.copy_(heads.float() * history_scale_H[:, None])
+        pairs = torch.view_as_complex(normed.float().unflatten(-1, (-1, half, 2)))
+        x_BLD[:, rows] = torch.view_as_real(pairs * rotation[rows, None]).flatten(-3)
+
+
+def qk_rms_norm_rope_pack(
+    qkv_BLE: Tensor,
+    q_weight_D: Tensor,
+    k_weight_D: Tensor,
+    rotation_LK2: Tensor,
+    heads: Sequence[int],
+    *,
+    eps: float,
+    history_scale_H: Tensor | None = None,
+    num_history: int = 0,
+    first_query: int = 0,
+) -> Tensor:
+    """What qk_rms_norm_rope_ makes of qkv, as the flat send buffer of a head exchange; qkv itself stays or changes.
+
+    Destination by destination, [L][B][3][heads of it][K]. Queries of rows before first_query are not set.
+    """
+    qk_rms_norm_rope_(
+        *(qkv_BLE, q_weight_D, k_weight_D, rotation_LK2),
+        eps=eps,
+        history_scale_H=history_scale_H,
+        num_history=num_history,
+        first_query=first_query,
+    )
+    token_first = qkv_BLE.unflatten(-1, (3, sum(heads), -1)).transpose(0, 1)
+    return torch.cat([part.reshape(-1) for part in token_first.split(list(heads), dim=3)])
+
+
+def unpack_heads(received: Tensor, shape: tuple[int, int, int, int], heads: Sequence[int]) -> Tensor:
+    """[B, L, H, K] from a flat buffer that holds, source by source, [L][B][heads of it][K]."""
+    batch, rows, _, head_dim = shape
+    parts = received.split([rows * batch * count * head_dim for count in heads])
+    parts = [part.view(rows, batch, count, head_dim) for part, count in zip(parts, heads, strict=True)]
+    return torch.cat(parts, dim=2).transpose(0, 1)
 
 
 def _rms_norm(x_BLD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -117,11 +177,18 @@ def merge_partials_(out_BLHK: Tensor, lse_BLH: Tensor, other_BLHK: Tensor, other
     lse_BLH.copy_(top + total.log())
 
 
-def patch_rows(latents_BCTHW: Tensor, kernel: tuple[int, int, int]) -> Tensor:
-    """Non-overlapping patches as rows [B, tokens, C * t * h * w], tokens in (t, h, w) order.
+def patch_rows(
+    latents_BCTHW: Tensor,
+    kernel: tuple[int, int, int],
+    *,
+    dtype: torch.dtype | None = None,
+    rows: slice = slice(None),
+) -> Tensor:
+    """Non-overlapping patches as rows [B, tokens, C * t * h * w], tokens in (t, h, w) order; some of the rows, in dtype.
 
     A latent whose size is no multiple of the kernel is continued by repeating its last frame, row or column.
     """
+    latents_BCTHW = latents_BCTHW if dtype is None else latents_BCTHW.to(dtype)
     batch, channels = latents_BCTHW.shape[:2]
     t, h, w = kernel
     pad = [(-size) % k for size, k in zip(latents_BCTHW.shape[2:], kernel, strict=True)]
@@ -129,7 +196,8 @@ def patch_rows(latents_BCTHW: Tensor, kernel: tuple[int, int, int]) -> Tensor:
         latents_BCTHW = F.pad(latents_BCTHW, (0, pad[2], 0, pad[1], 0, pad[0]), mode="replicate")
     grid = [size // k for size, k in zip(latents_BCTHW.shape[2:], kernel, strict=True)]
     patches = latents_BCTHW.reshape(batch, channels, grid[0], t, grid[1], h, grid[2], w)
-    return patches.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(batch, grid[0] * grid[1] * grid[2], channels * t * h * w)
+    patches = patches.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(batch, grid[0] * grid[1] * grid[2], -1)
+    return patches[:, rows]
 
 
 def unpatchify(rows_BND: Tensor, grid: tuple[int, int, int], patch: tuple[int, int, int]) -> Tensor:
@@ -138,3 +206,118 @@ def unpatchify(rows_BND: Tensor, grid: tuple[int, int, int], patch: tuple[int, i
     (frames, rows, columns), (t, h, w) = grid, patch
     blocks = rows_BND.view(batch, frames, rows, columns, t, h, w, -1)
     return blocks.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(batch, -1, frames * t, rows * h, columns * w)
+
+
+def _velocity(rows_BND: Tensor, latents: Tensor, patch: tuple[int, int, int]) -> Tensor:
+    """Output rows in the latents' layout."""
+    grid = tuple(size // part for size, part in zip(latents.shape[2:], patch, strict=True))
+    return unpatchify(rows_BND, grid, patch)
+
+
+def euler_step(latents: Tensor, rows_BND: Tensor, patch: tuple[int, int, int], *, delta: float) -> Tensor:
+    """latents + delta * velocity in float32; the velocity comes as output rows, see unpatchify."""
+    return latents.float() + delta * _velocity(rows_BND, latents, patch).float()
+
+
+def dmd_step(
+    latents: Tensor,
+    rows_BND: Tensor,
+    start: Tensor | None,
+    patch: tuple[int, int, int],
+    *,
+    sigma: float,
+    sigma_next: float,
+) -> Tensor:
+    """x0 = latents - sigma * velocity in the velocity's dtype, or (1 - sigma_next) * x0 + sigma_next * start in start's.
+
+    Computed in float64 and rounded, as the reference does.
+    """
+    velocity = _velocity(rows_BND, latents, patch)
+    x0 = (latents.double() - sigma * velocity.double()).to(velocity.dtype)
+    if start is None:
+        return x0
+    return ((1 - sigma_next) * x0.double() + sigma_next * start.double()).to(start.dtype)
+
+
+def unipc_step(
+    latents: Tensor,
+    rows_BND: Tensor,
+    previous_base: Tensor | None,
+    history: Sequence[Tensor],
+    patch: tuple[int, int, int],
+    *,
+    sigma: float,
+    correct: Sequence[float],
+    predict: Sequence[float],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(next latents, base, x0) of one multistep update in float32; history holds earlier x0, newest first.
+
+    x0 = latents - sigma * velocity. base = latents, or with a previous base the combination correct of (previous base, x0,
+    *history). Next latents: the combination predict of (base, x0, *history).
+    """
+    latents = latents.float()
+    x0 = torch.add(latents, _velocity(rows_BND, latents, patch).float(), alpha=-sigma)
+    base = latents
+    if previous_base is not None:
+        base = previous_base * correct[0]
+        for scale, tensor in zip(correct[2:], history, strict=True):
+            base.add_(tensor, alpha=scale)
+        base.add_(x0, alpha=correct[1])
+    following = base * predict[0]
+    for scale, tensor in zip(predict[1:], (x0, *history), strict=True):
+        following.add_(tensor, alpha=scale)
+    return following, base, x0
+
+
+def upsample_renoise(
+    x_BCTHW: Tensor, draws_N4: Tensor, factor: Tensor, *, alpha: float, beta: float, dtype: torch.dtype
+) -> Tensor:
+    """alpha * (x at twice the rows and columns, by repetition) + beta * block noise.
+
+    The noise of each 2 x 2 block is factor [4, 4] times its draws [4], rounded to dtype; blocks in (B, C, T, H, W) order.
+    """
+    batch, channels, frames, height, width = x_BCTHW.shape
+    blocks = (draws_N4 @ factor.T).view(batch, channels, frames, height, width, 2, 2)
+    noise = blocks.transpose(4, 5).reshape(batch, channels, frames, 2 * height, 2 * width).to(dtype)
+    enlarged = x_BCTHW.repeat_interleave(2, dim=3).repeat_interleave(2, dim=4)
+    return alpha * enlarged + beta * noise
+
+
+def cfg_combine(positive: Tensor, negative: Tensor, *, scale: float, zero_star: bool) -> Tensor:
+    """negative + scale * (positive - negative); with zero_star negative is first projected onto positive, per sample.
+
+    The projection is <positive, negative> / (|negative|^2 + 1e-8). Source: arXiv 2207.12598, arXiv 2503.18886.
+    """
+    if zero_star:
+        flat = positive.float().flatten(1), negative.float().flatten(1)
+        factor = (flat[0] * flat[1]).sum(dim=1) / (flat[1].square().sum(dim=1) + 1e-8)
+        negative = negative * factor.to(negative.dtype).view(-1, *[1] * (negative.ndim - 1))
+    return negative + scale * (positive - negative)
+
+
+def channel_norm_silu(x_BCTHW: Tensor, gamma: Tensor, *, silu: bool = True, out: Tensor | None = None) -> Tensor:
+    """x over its norm along channels, times sqrt(C) * gamma, through SiLU; 16-bit numbers are rounded after each product."""
+    gamma = gamma.reshape(-1, 1, 1, 1)
+    wide, scale = x_BCTHW.float(), x_BCTHW.size(1) ** 0.5
+    norm = torch.linalg.vector_norm(wide, dim=1, keepdim=True).clamp_min_(1e-12)
+    if x_BCTHW.dtype == torch.float32:
+        result = (x_BCTHW / norm).mul_(gamma * scale)
+    else:
+        result = (wide / norm).to(x_BCTHW.dtype) * scale * gamma
+    result = F.silu(result, inplace=True) if silu else result
+    return result if out is None else out.copy_(result)
+
+
+def upsample_nearest(x_BCTHW: Tensor) -> Tensor:
+    """Twice the rows and columns, by repetition."""
+    batch = x_BCTHW.size(0)
+    frames = F.interpolate(x_BCTHW.transpose(1, 2).flatten(0, 1), scale_factor=2.0, mode="nearest-exact")
+    return frames.unflatten(0, (batch, -1)).transpose(1, 2)
+
+
+def bias_residual_(x_BCTHW: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
+    """x += bias (per channel) + residual, in place, the sum of both rounded once."""
+    added = 0.0 if residual is None else residual.float()
+    if bias is not None:
+        added = added + bias.float().view(-1, 1, 1, 1)
+    x_BCTHW.copy_(x_BCTHW.float() + added)

@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from helios_engine.ops import reference as ops
+from helios_engine.ops import native as ops
 from helios_engine.ops.attention import Attention
 from helios_engine.parallel.context import ContextParallel
 from helios_engine.parallel.layout import TokenLayout
@@ -107,9 +107,7 @@ class SequenceAttention:
             receive_counts=[own * batch * count * head_dim for count in layout.heads],
             purpose="out",
         )
-        parts = received.split([own * batch * count * head_dim for count in layout.heads])
-        parts = [part.view(own, batch, count, head_dim) for part, count in zip(parts, layout.heads, strict=True)]
-        return torch.cat(parts, dim=2).transpose(0, 1)
+        return ops.unpack_heads(received, (batch, own, layout.num_heads, head_dim), layout.heads)
 
     def _over_ring(self, q_BLhK: Tensor, k_BShK: Tensor, v_BShK: Tensor, layout: TokenLayout) -> Tensor:
         """Attention to the keys of every group of the ring; each round sends on what it attends to."""

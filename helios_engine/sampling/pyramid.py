@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from helios_engine.ops import native as ops
+
 logger = logging.getLogger(__name__)
 
 
@@ -52,13 +54,6 @@ def _covariance(gamma: float, dtype: torch.dtype) -> Tensor:
     return identity * (1 + gamma) - torch.ones(4, 4, dtype=dtype) * gamma + identity * 1e-8
 
 
-def block_noise(draws_N4: Tensor, factor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Noise [B, C, T, H, W] whose 2x2 spatial blocks are correlated; draws are standard normal in (B, C, T, H/2, W/2) order."""
-    batch, channels, frames, height, width = shape
-    blocks = (draws_N4 @ factor.T).view(batch, channels, frames, height // 2, width // 2, 2, 2)
-    return blocks.transpose(4, 5).reshape(shape)
-
-
 def renoise_weights(ori_start_sigma: float, gamma: float) -> tuple[float, float]:
     """(alpha, beta) that weigh the enlarged latents and the block noise when a stage is entered."""
     signal = 1 - ori_start_sigma
@@ -66,8 +61,12 @@ def renoise_weights(ori_start_sigma: float, gamma: float) -> tuple[float, float]
     return alpha, alpha * (1 - signal) / math.sqrt(gamma)
 
 
-def enlarge(latents_BCTHW: Tensor, noise_BCTHW: Tensor, *, alpha: float, beta: float) -> Tensor:
-    """Twice the resolution by repeating pixels, with block noise mixed in against the visible blocks."""
-    height, width = latents_BCTHW.shape[-2:]
-    enlarged = _per_frame(latents_BCTHW, (height * 2, width * 2), "nearest")
-    return alpha * enlarged + beta * noise_BCTHW
+def enlarge(
+    latents_BCTHW: Tensor, draws_N4: Tensor, factor: Tensor, *, alpha: float, beta: float, dtype: torch.dtype
+) -> Tensor:
+    """Twice the resolution by repeating pixels, with block noise mixed in against the visible blocks.
+
+    draws are standard normal, four to a latent in (B, C, T, H, W) order; factor is block_noise_factor's; the noise is
+    rounded to dtype.
+    """
+    return ops.upsample_renoise(latents_BCTHW.contiguous(), draws_N4, factor, alpha=alpha, beta=beta, dtype=dtype)

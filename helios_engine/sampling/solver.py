@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from helios_engine.config import SchedulerConfig
+from helios_engine.ops import native as ops
 from helios_engine.sampling.schedule import StageSchedule
 
 _SIGMA_FLOOR = 1e-8  # the reference's clamp, so that the logarithm at sigma = 0 is finite
@@ -24,45 +24,46 @@ class Solver(Protocol):
     """Walks the latents of one stage from its first sigma to its last."""
 
     def step(self, latents: Tensor, velocity: Tensor, index: int) -> Tensor:
-        """Latents after step `index`; both tensors [B, C, T, H, W]."""
+        """Latents [B, C, T, H, W] after step `index`; the velocity comes as output rows [B, N, patch * C]."""
         ...
 
 
-def make_solver(config: SchedulerConfig, schedule: StageSchedule, start: Tensor) -> Solver:
-    """A fresh solver for one stage of one chunk; start is the stage's first latents."""
+def make_solver(config: SchedulerConfig, schedule: StageSchedule, start: Tensor, patch: tuple[int, int, int]) -> Solver:
+    """A fresh solver for one stage of one chunk; start is the stage's first latents, patch the size of an output row's patch."""
     if config.scheduler_type == "dmd":
-        return DMDSolver(schedule, start)
+        return DMDSolver(schedule, start, patch)
     if config.scheduler_type == "euler":
-        return EulerSolver(schedule)
-    return UniPCSolver(unipc_coefficients(config, schedule.sigmas))
+        return EulerSolver(schedule, patch)
+    return UniPCSolver(unipc_coefficients(config, schedule.sigmas), patch)
 
 
 class EulerSolver:
     """x + (next sigma - sigma) * velocity, in float32."""
 
-    def __init__(self, schedule: StageSchedule) -> None:
-        self._sigmas = schedule.sigmas
+    def __init__(self, schedule: StageSchedule, patch: tuple[int, int, int]) -> None:
+        self._sigmas, self._patch = schedule.sigmas, patch
 
     def step(self, latents: Tensor, velocity: Tensor, index: int) -> Tensor:
-        return latents.float() + (self._sigmas[index + 1] - self._sigmas[index]) * velocity.float()
+        return ops.euler_step(latents, velocity, self._patch, delta=self._sigmas[index + 1] - self._sigmas[index])
 
 
 class DMDSolver:
     """Jump to x0, then mix the stage's own starting latents back in; the last step of a stage returns x0."""
 
-    def __init__(self, schedule: StageSchedule, start: Tensor) -> None:
-        self._start = start
+    def __init__(self, schedule: StageSchedule, start: Tensor, patch: tuple[int, int, int]) -> None:
+        self._start, self._patch = start, patch
         # The reference finds a step's sigma by the nearest timestep to the truncated one.
         points = np.asarray(schedule.timesteps)
         nearest = [int(np.abs(points - int(timestep)).argmin()) for timestep in schedule.timesteps]
         self._sigmas = tuple(schedule.sigmas[index] for index in nearest)
 
     def step(self, latents: Tensor, velocity: Tensor, index: int) -> Tensor:
-        x0 = (latents.double() - self._sigmas[index] * velocity.double()).to(velocity.dtype)
-        if index + 1 == len(self._sigmas):
-            return x0
-        sigma_next = self._sigmas[index + 1]
-        return ((1 - sigma_next) * x0.double() + sigma_next * self._start.double()).to(self._start.dtype)
+        is_last = index + 1 == len(self._sigmas)
+        return ops.dmd_step(
+            *(latents, velocity, None if is_last else self._start, self._patch),
+            sigma=self._sigmas[index],
+            sigma_next=0.0 if is_last else self._sigmas[index + 1],
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,26 +81,30 @@ class UniPCStep:
 class UniPCSolver:
     """Multistep predictor-corrector in float32."""
 
-    def __init__(self, steps: tuple[UniPCStep, ...]) -> None:
-        self._steps = steps
+    def __init__(self, steps: tuple[UniPCStep, ...], patch: tuple[int, int, int]) -> None:
+        self._steps, self._patch = steps, patch
+        self._kept = max(len(step.predict_history) for step in steps)
         self._history: list[Tensor] = []  # x0 predictions, newest first
         self._base: Tensor | None = None
 
     def step(self, latents: Tensor, velocity: Tensor, index: int) -> Tensor:
-        rule = self._steps[index]
-        latents = latents.float()
-        x0 = torch.add(latents, velocity.float(), alpha=-rule.sigma)
-        if rule.correct_base is not None and self._base is not None:
-            latents = self._base * rule.correct_base
-            for scale, tensor in zip(rule.correct_history, self._history, strict=False):
-                latents.add_(tensor, alpha=scale)
-            latents.add_(x0, alpha=rule.correct_current)
-        self._history = [x0, *self._history][: max(len(step.predict_history) for step in self._steps)]
-        self._base = latents
-        following = latents * rule.predict_base
-        for scale, tensor in zip(rule.predict_history, self._history, strict=False):
-            following.add_(tensor, alpha=scale)
+        rule, count = self._steps[index], len(self._history)
+        corrects = rule.correct_base is not None and self._base is not None
+        correct = (rule.correct_base, rule.correct_current, *rule.correct_history) if corrects else ()
+        following, base, x0 = ops.unipc_step(
+            *(latents, velocity, self._base if corrects else None, self._history, self._patch),
+            sigma=rule.sigma,
+            correct=_filled(correct, 2 + count),
+            predict=_filled((rule.predict_base, *rule.predict_history), 2 + count),
+        )
+        self._history = [x0, *self._history][: self._kept]
+        self._base = base
         return following
+
+
+def _filled(numbers: tuple[float, ...], count: int) -> tuple[float, ...]:
+    """The first count numbers, zeros where there are fewer: earlier points that a rule does not use."""
+    return (*numbers[:count], *(0.0,) * (count - len(numbers)))
 
 
 def unipc_coefficients(config: SchedulerConfig, sigmas: tuple[float, ...]) -> tuple[UniPCStep, ...]:

@@ -57,5 +57,12 @@ def inspect_build() -> list[str]:
     try:
         from helios_engine import _build_info
     except ImportError:
-        return ["build info     not compiled; the engine runs on torch's operators"]
+        return ["build info     not compiled"]
     return [f"build info     {_build_info.compiler()}, CPU {_build_info.cpu_capability()}"]
+
+
+def inspect_operators() -> list[str]:
+    """Which implementation of the operators runs here."""
+    from helios_engine.ops import native
+
+    return native.describe()

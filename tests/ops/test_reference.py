@@ -93,18 +93,19 @@ def test_rms_norm_rope(dtype: torch.dtype, num_history: int, scaled: bool) -> No
     expected = torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
     if scaled:
         expected[:, :num_history] *= scale.double()[:, None, None]
-    ops.rms_norm_rope_(
-        x, weight, torch.polar(torch.ones_like(angles), angles), eps=EPS, history_scale_H=scale, num_history=num_history
-    )
-    _close(x, expected.flatten(-3), dtype, factor=6)
+    qkv, rotation = torch.cat([x, x, x], dim=-1), torch.stack([angles.cos(), angles.sin()], dim=-1)
+    ops.qk_rms_norm_rope_(qkv, weight, weight, rotation, eps=EPS, history_scale_H=scale, num_history=num_history)
+    _close(qkv.chunk(3, dim=-1)[1], expected.flatten(-3), dtype, factor=6)
+    assert torch.equal(qkv.chunk(3, dim=-1)[2], x), "values stay"
 
 
 def test_rope_keeps_lengths_and_relative_angles() -> None:
     x = _rand(1, 4, 32).expand(1, 4, 32).clone()
     x[:] = x[:, :1]
     angles = torch.arange(4.0)[:, None] * torch.linspace(0.1, 1, 8)
-    rotation = torch.polar(torch.ones_like(angles), angles)
-    ops.rms_norm_rope_(x, torch.ones(32), rotation, eps=0.0)
+    qkv, rotation = torch.cat([x, x, x], dim=-1), torch.stack([angles.cos(), angles.sin()], dim=-1)
+    ops.qk_rms_norm_rope_(qkv, torch.ones(32), torch.ones(32), rotation, eps=0.0)
+    x = qkv[..., :32]
     heads = x.unflatten(-1, (2, 16))
     torch.testing.assert_close(heads.norm(dim=-1), heads.norm(dim=-1)[:, :1].expand(1, 4, 2), rtol=1e-5, atol=1e-5)
     dots = (heads[:, 1:] * heads[:, :-1]).sum(-1)

@@ -1,0 +1,338 @@
+"""The operators as the engine calls them: the compiled library where it is there, plain torch (reference.py) elsewhere.
+
+# B batch, L tokens, H heads, K head dim, D width (H * K), S segments: row 0 history, row 1 noisy
+
+Both have one meaning, given in reference.py. HELIOS_OPS=reference leaves the library alone, HELIOS_OPS=native insists on it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from helios_engine.ops import reference
+
+logger = logging.getLogger(__name__)
+
+LIBRARY = Path(__file__).parent.parent / "libhelios_ops.so"
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CFG_BLOCKS = 64  # latents.h
+_MAX_UNIPC_HISTORY = 4  # patchify.h
+
+OPERATORS = (
+    *(
+        "residual_gate_norm",
+        "qk_rmsnorm_rope",
+        "qk_rmsnorm_rope_pack",
+        "rmsnorm_rows",
+        "unpack_heads",
+        "merge_partials",
+    ),
+    *("patch_gather", "euler_step", "dmd_step", "unipc_step", "upsample_renoise", "cfg_combine"),
+    *("channel_norm_silu", "upsample_nearest", "bias_residual"),
+)
+
+
+def _load() -> str:
+    """Load the library; returns why it is not used, or nothing."""
+    wanted = os.environ.get("HELIOS_OPS", "")
+    if wanted not in ("", "native", "reference"):
+        raise ValueError(f"HELIOS_OPS must be native or reference, got {wanted!r}")
+    if wanted == "reference":
+        return "HELIOS_OPS=reference"
+    problem = "" if LIBRARY.is_file() else "it was not built"
+    if not problem:
+        try:
+            torch.ops.load_library(str(LIBRARY))
+        except OSError as error:
+            problem = f"it does not load ({error})"
+    if problem and wanted == "native":
+        raise ImportError(f"HELIOS_OPS=native, but {LIBRARY}: {problem}")
+    return problem
+
+
+WHY_NOT = _load()
+if WHY_NOT:
+    logger.warning("compiled operators are not used: %s; torch's own are", WHY_NOT)
+else:
+    for _name in OPERATORS:  # every operator writes into its arguments and returns nothing
+        torch.library.register_fake(f"helios::{_name}", lambda *_arguments, **_named: None)
+_ops = torch.ops.helios
+_ON_GPU = not WHY_NOT and torch._C._dispatch_has_kernel_for_dispatch_key("helios::residual_gate_norm", "CUDA")
+
+
+def runs_native(x: Tensor) -> bool:
+    """True where the compiled operators serve this tensor's device and dtype."""
+    kind = x.device.type
+    return not WHY_NOT and (kind == "cpu" or (kind == "cuda" and _ON_GPU)) and x.dtype in _DTYPES
+
+
+def describe() -> list[str]:
+    """Which implementation runs on which device, for `inspect --ops`."""
+    if WHY_NOT:
+        return [f"operators      plain torch everywhere: {WHY_NOT}"]
+    gpu = "compiled CUDA" if _ON_GPU else "plain torch (this build has no CUDA kernels)"
+    return [f"operators      CPU: compiled; GPU: {gpu}", f"               {', '.join(OPERATORS)}"]
+
+
+def gated_residual_(x_BLD: Tensor, update_BLD: Tensor, gate_SD: Tensor | None, *, num_history: int) -> None:
+    """See reference.gated_residual_."""
+    if not runs_native(x_BLD):
+        return reference.gated_residual_(x_BLD, update_BLD, gate_SD, num_history=num_history)
+    _ops.residual_gate_norm(x_BLD, update_BLD, gate_SD, None, None, None, num_history, 0.0)
+    return None
+
+
+def norm_scale_shift(
+    x_BLD: Tensor, weight_SD: Tensor, bias_SD: Tensor, *, num_history: int, eps: float, out: Tensor | None = None
+) -> Tensor:
+    """See reference.norm_scale_shift."""
+    if not runs_native(x_BLD):
+        return reference.norm_scale_shift(x_BLD, weight_SD, bias_SD, num_history=num_history, eps=eps, out=out)
+    if out is None:
+        out = x_BLD.new_empty(x_BLD.shape)
+    _ops.residual_gate_norm(x_BLD, None, None, weight_SD, bias_SD, out, num_history, eps)
+    return out
+
+
+def residual_gate_norm_(
+    x_BLD: Tensor,
+    update_BLD: Tensor,
+    gate_SD: Tensor | None,
+    weight_SD: Tensor,
+    bias_SD: Tensor,
+    *,
+    num_history: int,
+    eps: float,
+    out: Tensor | None = None,
+) -> Tensor:
+    """See reference.residual_gate_norm_: one pass instead of two."""
+    if not runs_native(x_BLD):
+        return reference.residual_gate_norm_(
+            x_BLD, update_BLD, gate_SD, weight_SD, bias_SD, num_history=num_history, eps=eps, out=out
+        )
+    if out is None:
+        out = x_BLD.new_empty(x_BLD.shape)
+    _ops.residual_gate_norm(x_BLD, update_BLD, gate_SD, weight_SD, bias_SD, out, num_history, eps)
+    return out
+
+
+def rms_norm_(x_BLD: Tensor, weight_D: Tensor, *, eps: float) -> None:
+    """See reference.rms_norm_."""
+    if not runs_native(x_BLD):
+        return reference.rms_norm_(x_BLD, weight_D, eps=eps)
+    _ops.rmsnorm_rows(x_BLD, weight_D, eps)
+    return None
+
+
+def qk_rms_norm_rope_(
+    qkv_BLE: Tensor,
+    q_weight_D: Tensor,
+    k_weight_D: Tensor,
+    rotation_LK2: Tensor,
+    *,
+    eps: float,
+    history_scale_H: Tensor | None = None,
+    num_history: int = 0,
+    first_query: int = 0,
+) -> None:
+    """See reference.qk_rms_norm_rope_."""
+    settings = {"num_history": num_history, "first_query": first_query, "eps": eps}
+    if not runs_native(qkv_BLE):
+        return reference.qk_rms_norm_rope_(
+            qkv_BLE, q_weight_D, k_weight_D, rotation_LK2, history_scale_H=history_scale_H, **settings
+        )
+    scale = None if history_scale_H is None else history_scale_H.contiguous()
+    _ops.qk_rmsnorm_rope(qkv_BLE, q_weight_D, k_weight_D, rotation_LK2, scale, **settings)
+    return None
+
+
+def qk_rms_norm_rope_pack(
+    qkv_BLE: Tensor,
+    q_weight_D: Tensor,
+    k_weight_D: Tensor,
+    rotation_LK2: Tensor,
+    heads: Sequence[int],
+    *,
+    eps: float,
+    history_scale_H: Tensor | None = None,
+    num_history: int = 0,
+    first_query: int = 0,
+) -> Tensor:
+    """See reference.qk_rms_norm_rope_pack: saves the exchange's own packing pass."""
+    settings = {"num_history": num_history, "first_query": first_query, "eps": eps}
+    if not runs_native(qkv_BLE):
+        return reference.qk_rms_norm_rope_pack(
+            qkv_BLE, q_weight_D, k_weight_D, rotation_LK2, heads, history_scale_H=history_scale_H, **settings
+        )
+    packed = qkv_BLE.new_empty(qkv_BLE.numel())
+    scale = None if history_scale_H is None else history_scale_H.contiguous()
+    _ops.qk_rmsnorm_rope_pack(qkv_BLE, q_weight_D, k_weight_D, rotation_LK2, scale, packed, list(heads), **settings)
+    return packed
+
+
+def unpack_heads(received: Tensor, shape: tuple[int, int, int, int], heads: Sequence[int]) -> Tensor:
+    """See reference.unpack_heads."""
+    if not runs_native(received):
+        return reference.unpack_heads(received, shape, heads)
+    out = received.new_empty(shape)
+    _ops.unpack_heads(received, out, list(heads))
+    return out
+
+
+def gelu_(x: Tensor) -> Tensor:
+    """See reference.gelu_."""
+    return reference.gelu_(x)
+
+
+def merge_partials_(out_BLHK: Tensor, lse_BLH: Tensor, other_BLHK: Tensor, other_lse_BLH: Tensor) -> None:
+    """See reference.merge_partials_."""
+    if not (runs_native(other_BLHK) and out_BLHK.is_contiguous() and lse_BLH.is_contiguous()):
+        return reference.merge_partials_(out_BLHK, lse_BLH, other_BLHK, other_lse_BLH)
+    _ops.merge_partials(out_BLHK, lse_BLH, other_BLHK.contiguous(), other_lse_BLH.contiguous())
+    return None
+
+
+def patch_rows(
+    latents_BCTHW: Tensor,
+    kernel: tuple[int, int, int],
+    *,
+    dtype: torch.dtype | None = None,
+    rows: slice = slice(None),
+) -> Tensor:
+    """See reference.patch_rows."""
+    dtype = latents_BCTHW.dtype if dtype is None else dtype
+    if not (runs_native(latents_BCTHW) and dtype in _DTYPES):
+        return reference.patch_rows(latents_BCTHW, kernel, dtype=dtype, rows=rows)
+    tokens, length = 1, latents_BCTHW.size(1)
+    for size, part in zip(latents_BCTHW.shape[2:], kernel, strict=True):
+        tokens, length = tokens * -(-size // part), length * part
+    first, last, _ = rows.indices(tokens)
+    out = latents_BCTHW.new_empty(latents_BCTHW.size(0), max(0, last - first), length, dtype=dtype)
+    _ops.patch_gather(latents_BCTHW, out, list(kernel), first)
+    return out
+
+
+def euler_step(latents: Tensor, rows_BND: Tensor, patch: tuple[int, int, int], *, delta: float) -> Tensor:
+    """See reference.euler_step."""
+    if not _steps_native(latents, rows_BND):
+        return reference.euler_step(latents, rows_BND, patch, delta=delta)
+    out = latents.new_empty(latents.shape, dtype=torch.float32)
+    _ops.euler_step(latents, rows_BND, out, list(patch), delta)
+    return out
+
+
+def dmd_step(
+    latents: Tensor,
+    rows_BND: Tensor,
+    start: Tensor | None,
+    patch: tuple[int, int, int],
+    *,
+    sigma: float,
+    sigma_next: float,
+) -> Tensor:
+    """See reference.dmd_step."""
+    native = _steps_native(latents, rows_BND)
+    if start is not None:
+        native = native and start.is_contiguous() and start.dtype in (torch.float32, rows_BND.dtype)
+    if not native:
+        return reference.dmd_step(latents, rows_BND, start, patch, sigma=sigma, sigma_next=sigma_next)
+    out = latents.new_empty(latents.shape, dtype=rows_BND.dtype if start is None else start.dtype)
+    _ops.dmd_step(latents, rows_BND, start, out, list(patch), sigma, sigma_next)
+    return out
+
+
+def unipc_step(
+    latents: Tensor,
+    rows_BND: Tensor,
+    previous_base: Tensor | None,
+    history: Sequence[Tensor],
+    patch: tuple[int, int, int],
+    *,
+    sigma: float,
+    correct: Sequence[float],
+    predict: Sequence[float],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See reference.unipc_step."""
+    if not (_steps_native(latents, rows_BND) and len(history) <= _MAX_UNIPC_HISTORY):
+        return reference.unipc_step(
+            latents, rows_BND, previous_base, history, patch, sigma=sigma, correct=correct, predict=predict
+        )
+    x0, base, out = (latents.new_empty(latents.shape, dtype=torch.float32) for _ in range(3))
+    _ops.unipc_step(
+        *(latents, rows_BND, previous_base, list(history), x0, base, out, list(patch), sigma, list(correct)),
+        list(predict),
+    )
+    return out, base, x0
+
+
+def _steps_native(latents: Tensor, rows_BND: Tensor) -> bool:
+    return (
+        runs_native(rows_BND)
+        and latents.is_contiguous()
+        and rows_BND.is_contiguous()
+        and latents.dtype in (torch.float32, rows_BND.dtype)
+    )
+
+
+def upsample_renoise(
+    x_BCTHW: Tensor, draws_N4: Tensor, factor: Tensor, *, alpha: float, beta: float, dtype: torch.dtype
+) -> Tensor:
+    """See reference.upsample_renoise."""
+    wide = dtype == torch.float32
+    native = runs_native(x_BCTHW) and x_BCTHW.is_contiguous() and dtype in (torch.float32, torch.bfloat16)
+    if not (native and x_BCTHW.dtype in (torch.float32, dtype)):
+        return reference.upsample_renoise(x_BCTHW, draws_N4, factor, alpha=alpha, beta=beta, dtype=dtype)
+    out = x_BCTHW.new_empty(*x_BCTHW.shape[:3], 2 * x_BCTHW.size(3), 2 * x_BCTHW.size(4))
+    _ops.upsample_renoise(x_BCTHW, draws_N4.contiguous(), factor.contiguous(), out, alpha, beta, wide)
+    return out
+
+
+def cfg_combine(positive: Tensor, negative: Tensor, *, scale: float, zero_star: bool) -> Tensor:
+    """See reference.cfg_combine."""
+    if not (runs_native(positive) and positive.is_contiguous() and negative.is_contiguous()):
+        return reference.cfg_combine(positive, negative, scale=scale, zero_star=zero_star)
+    out = torch.empty_like(positive)
+    workspace = None
+    if zero_star:
+        workspace = positive.new_empty(positive.size(0), _CFG_BLOCKS, 2, dtype=torch.float64)
+    _ops.cfg_combine(positive, negative, out, workspace, scale)
+    return out
+
+
+def channel_norm_silu(x_BCTHW: Tensor, gamma: Tensor, *, silu: bool = True, out: Tensor | None = None) -> Tensor:
+    """See reference.channel_norm_silu."""
+    if not (runs_native(x_BCTHW) and _is_channels_last(x_BCTHW) and (out is None or _is_channels_last(out))):
+        return reference.channel_norm_silu(x_BCTHW, gamma, silu=silu, out=out)
+    if out is None:
+        out = torch.empty_like(x_BCTHW)
+    _ops.channel_norm_silu(x_BCTHW, gamma.reshape(-1), out, silu)
+    return out
+
+
+def upsample_nearest(x_BCTHW: Tensor) -> Tensor:
+    """See reference.upsample_nearest."""
+    if not (runs_native(x_BCTHW) and _is_channels_last(x_BCTHW)):
+        return reference.upsample_nearest(x_BCTHW)
+    batch, channels, frames, height, width = x_BCTHW.shape
+    out = x_BCTHW.new_empty(batch, frames, 2 * height, 2 * width, channels).permute(0, 4, 1, 2, 3)
+    _ops.upsample_nearest(x_BCTHW, out)
+    return out
+
+
+def bias_residual_(x_BCTHW: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
+    """See reference.bias_residual_."""
+    last = _is_channels_last(x_BCTHW) and (residual is None or _is_channels_last(residual))
+    if not (runs_native(x_BCTHW) and last):
+        return reference.bias_residual_(x_BCTHW, bias, residual)
+    _ops.bias_residual(x_BCTHW, bias, residual)
+    return None
+
+
+def _is_channels_last(x_BCTHW: Tensor) -> bool:
+    return x_BCTHW.stride(1) == 1 or x_BCTHW.size(1) == 1

@@ -1,0 +1,468 @@
+"""The compiled operators against float64 and against plain torch: rounding points, shapes, strides, poison, fakes.
+
+The same file runs on a GPU, where there is one: every test takes each device whose kernels this build has.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from helios_engine.ops import native, reference
+
+pytestmark = pytest.mark.skipif(bool(native.WHY_NOT), reason=f"no compiled operators: {native.WHY_NOT}")
+
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not (native._ON_GPU and torch.cuda.is_available()), reason="no CUDA kernels or no GPU"),
+        ],
+    ),
+]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# A result's relative error when float32 sums are exact but for their order, or one rounding to 16 bits; two where stated.
+RELATIVE = {torch.float32: 1e-6, torch.bfloat16: 2.5e-3, torch.float16: 3.5e-4}
+EPS = 1e-6
+POISON = float("nan")
+
+each_device = pytest.mark.parametrize("device", DEVICES)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def rand(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(shape, generator=generator).to(device, dtype)
+
+
+def near(actual: Tensor, exact: Tensor, dtype: torch.dtype, *, roundings: int = 1) -> None:
+    """Relative L2 error within so many roundings of the float64 result."""
+    exact = exact.double()
+    error = (actual.double() - exact).norm() / exact.norm().clamp_min(1e-30)
+    assert error <= roundings * RELATIVE[dtype], f"{error:.2e}"
+
+
+def same_but_for_ties(actual: Tensor, expected: Tensor) -> None:
+    """Equal to plain torch's chain, but for elements that lie on a rounding boundary.
+
+    float16 keeps three bits more than bfloat16, so the last bits of a float32 sum decide eight times as often.
+    """
+    allowed = {torch.float32: 1.0, torch.bfloat16: 1e-3, torch.float16: 5e-3}
+    different = (actual != expected).double().mean()
+    assert different <= allowed[actual.dtype], f"{different:.2e}"
+    torch.testing.assert_close(actual, expected, rtol=1.6e-2 if actual.dtype != torch.float32 else 1e-5, atol=1e-5)
+
+
+def guarded(*shape: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+    """(a poisoned tensor, the buffer around it): what lies around must stay NaN."""
+    count = 1
+    for size in shape:
+        count *= size
+    buffer = torch.full((count + 128,), POISON, dtype=dtype, device=device)
+    return buffer[64 : 64 + count].view(shape), buffer
+
+
+def assert_margins_untouched(buffer: Tensor) -> None:
+    assert buffer[:64].isnan().all()
+    assert buffer[-64:].isnan().all()
+
+
+# Widths: vectors of every dtype, the 14 B model's, and odd ones.
+WIDTHS = [5120, 96, 33, 1]
+
+
+@each_device
+@each_dtype
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("num_history", [0, 1, 4, 5])
+def test_residual_gate_norm(device, dtype, width: int, num_history: int) -> None:
+    x, y = rand(2, 5, width, dtype=dtype, device=device), rand(2, 5, width, dtype=dtype, device=device, seed=1)
+    gate, weight, bias = (rand(2, width, device=device, seed=seed) for seed in (2, 3, 4))
+    segment = (torch.arange(5, device=device) >= num_history).long()
+    summed = x.double() + y.double() * gate.double()[segment]
+    expected, expected_x = x.clone(), x.clone()
+    out, buffer = guarded(2, 5, width, dtype=dtype, device=device)
+    settings = {"num_history": num_history, "eps": EPS}
+    expected = reference.residual_gate_norm_(expected_x, y, gate, weight, bias, **settings)
+    native.residual_gate_norm_(x, y, gate, weight, bias, out=out, **settings)
+    assert_margins_untouched(buffer)
+    near(x, summed, dtype)
+    same_but_for_ties(x, expected_x)
+    if width > 1:
+        mean, var = x.double().mean(-1, keepdim=True), x.double().var(-1, correction=0, keepdim=True)
+        exact = (x.double() - mean) / (var + EPS).sqrt() * weight.double()[segment] + bias.double()[segment]
+        near(out, exact, dtype)
+        same_but_for_ties(out, expected)
+
+
+@each_device
+@each_dtype
+def test_parts_of_the_residual_norm(device, dtype) -> None:
+    x, y = rand(1, 6, 64, dtype=dtype, device=device), rand(1, 6, 64, dtype=dtype, device=device, seed=1)
+    weight, bias = torch.ones(2, 64, device=device), torch.zeros(2, 64, device=device)
+    plain = native.norm_scale_shift(x, weight, bias, num_history=3, eps=EPS)
+    near(plain, F.layer_norm(x.double(), (64,), eps=EPS), dtype)
+    untouched = x.clone()
+    native.gated_residual_(x, y, torch.zeros(2, 64, device=device), num_history=2)
+    assert torch.equal(x, untouched), "a closed gate changes nothing"
+    native.gated_residual_(x, y, None, num_history=0)
+    assert torch.equal(x, untouched + y)
+    one_row = rand(64, device=device).expand(2, 64)
+    expected = reference.norm_scale_shift(x, one_row, one_row, num_history=2, eps=EPS)
+    same_but_for_ties(native.norm_scale_shift(x, one_row, one_row, num_history=2, eps=EPS), expected)
+
+
+@each_device
+def test_segments_do_not_leak(device) -> None:
+    x, y = rand(1, 4, 64, device=device), rand(1, 4, 64, device=device, seed=1)
+    x[:, 2] = POISON
+    gate = torch.stack([rand(64, device=device), torch.full((64,), POISON, device=device)])
+    ones = torch.ones(2, 64, device=device)
+    out = native.residual_gate_norm_(x, y, gate, ones, ones, num_history=2, eps=EPS)
+    assert out[:, :2].isfinite().all()
+    assert out[:, 2:].isnan().all()
+
+
+@each_device
+@each_dtype
+def test_rows_may_be_strided_and_parts_of_a_sequence(device, dtype) -> None:
+    """Cut and whole are bitwise the same, so sharded rows are."""
+    buffer = rand(2, 9, 3 * 160, dtype=dtype, device=device)
+    x = buffer[:, 1:8, 160:320]
+    weight, bias = rand(2, 160, device=device), rand(2, 160, device=device, seed=1)
+    whole = native.norm_scale_shift(x, weight, bias, num_history=3, eps=EPS)
+    first = native.norm_scale_shift(x[:, :4], weight, bias, num_history=3, eps=EPS)
+    second = native.norm_scale_shift(x[:, 4:].contiguous(), weight, bias, num_history=0, eps=EPS)
+    assert torch.equal(whole, torch.cat([first, second], dim=1))
+    norm = rand(160, dtype=dtype, device=device)
+    apart, before = x.contiguous(), buffer.clone()
+    native.rms_norm_(x, norm, eps=EPS)
+    native.rms_norm_(apart, norm, eps=EPS)
+    assert torch.equal(x, apart)
+    assert torch.equal(buffer[..., :160], before[..., :160])
+    assert torch.equal(buffer[:, 0], before[:, 0])
+
+
+def _qkv_case(dtype: torch.dtype, device: str, heads: int, head_dim: int, batch: int = 2, rows: int = 7):
+    width = heads * head_dim
+    qkv = rand(batch, rows, 3 * width, dtype=dtype, device=device)
+    weights = [rand(width, dtype=dtype, device=device, seed=seed) for seed in (1, 2)]
+    angles = rand(rows, head_dim // 2, device=device, seed=3)
+    rotation = torch.stack([angles.cos(), angles.sin()], dim=-1)
+    return qkv, weights, rotation, 1 + rand(heads, device=device, seed=4).abs()
+
+
+HEADS = [(3, 16), (40, 128), (2, 10), (1, 600), (5, 2)]
+
+
+@each_device
+@each_dtype
+@pytest.mark.parametrize(("heads", "head_dim"), HEADS)
+@pytest.mark.parametrize(("num_history", "first_query"), [(0, 0), (3, 3), (7, 0), (3, 7)])
+def test_qk_rmsnorm_rope(device, dtype, heads: int, head_dim: int, num_history: int, first_query: int) -> None:
+    qkv, weights, rotation, scale = _qkv_case(dtype, device, heads, head_dim)
+    before, expected = qkv.clone(), qkv.clone()
+    settings = {"eps": EPS, "history_scale_H": scale, "num_history": num_history, "first_query": first_query}
+    reference.qk_rms_norm_rope_(expected, *weights, rotation, **settings)
+    native.qk_rms_norm_rope_(qkv, *weights, rotation, **settings)
+    width = heads * head_dim
+    assert torch.equal(qkv[..., 2 * width :], before[..., 2 * width :])
+    assert torch.equal(qkv[:, :first_query, :width], before[:, :first_query, :width])
+    same_but_for_ties(qkv, expected)
+    k = before[..., width : 2 * width].double()
+    normed = k * (k.square().mean(-1, keepdim=True) + EPS).rsqrt() * weights[1].double()
+    even, odd = normed.unflatten(-1, (heads, head_dim // 2, 2)).unbind(-1)
+    cos, sin = rotation.double()[:, None].unbind(-1)
+    exact = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+    exact[:, :num_history] *= scale.double()[:, None, None]
+    near(qkv[..., width : 2 * width], exact.flatten(-3), dtype, roundings=2)
+
+
+@each_device
+@each_dtype
+@pytest.mark.parametrize("split", [(2, 1), (3,), (1, 1, 1), (0, 3, 0), (2, 0, 1)], ids=str)
+def test_the_packed_variant_moves_the_same_numbers(device, dtype, split: tuple[int, ...]) -> None:
+    qkv, weights, rotation, scale = _qkv_case(dtype, device, 3, 16)
+    settings = {"eps": EPS, "history_scale_H": scale, "num_history": 3}
+    packed = native.qk_rms_norm_rope_pack(qkv, *weights, rotation, split, **settings)
+    native.qk_rms_norm_rope_(qkv, *weights, rotation, **settings)
+    token_first = qkv.unflatten(-1, (3, 3, 16)).transpose(0, 1)
+    expected = torch.cat([part.reshape(-1) for part in token_first.split(list(split), dim=3)])
+    assert torch.equal(packed, expected)
+
+
+@each_device
+def test_packing_leaves_unread_queries_unset(device) -> None:
+    qkv, weights, rotation, _ = _qkv_case(torch.float32, device, 3, 16)
+    packed = torch.full((qkv.numel(),), POISON, device=device)
+    torch.ops.helios.qk_rmsnorm_rope_pack(qkv, *weights, rotation, None, packed, [3], 0, 4, EPS)
+    rows = packed.view(7, 2, 3, 48)
+    assert rows[:4, :, 0].isnan().all()
+    assert rows[4:, :, 0].isfinite().all()
+    assert rows[:, :, 1:].isfinite().all()
+
+
+@each_device
+@each_dtype
+@pytest.mark.parametrize("width", WIDTHS)
+def test_rmsnorm_rows(device, dtype, width: int) -> None:
+    x, weight = rand(2, 3, width, dtype=dtype, device=device), rand(width, dtype=dtype, device=device, seed=1)
+    exact = x.double() * (x.double().square().mean(-1, keepdim=True) + EPS).rsqrt() * weight.double()
+    expected = x.clone()
+    reference.rms_norm_(expected, weight, eps=EPS)
+    native.rms_norm_(x, weight, eps=EPS)
+    near(x, exact, dtype)
+    same_but_for_ties(x, expected)
+
+
+@each_device
+@each_dtype
+@pytest.mark.parametrize("split", [(4,), (1, 3), (2, 0, 2)], ids=str)
+@pytest.mark.parametrize("head_dim", [16, 3])
+def test_unpack_heads(device, dtype, split: tuple[int, ...], head_dim: int) -> None:
+    whole = rand(2, 5, 4, head_dim, dtype=dtype, device=device)
+    received = torch.cat([part.transpose(0, 1).reshape(-1) for part in whole.split(list(split), dim=2)])
+    assert torch.equal(native.unpack_heads(received, (2, 5, 4, head_dim), split), whole)
+
+
+@each_device
+@each_dtype
+def test_merge_partials(device, dtype) -> None:
+    out, other = rand(2, 5, 3, 8, device=device), rand(2, 5, 3, 8, dtype=dtype, device=device, seed=1)
+    lse, other_lse = rand(2, 5, 3, device=device, seed=2), 3 * rand(2, 5, 3, device=device, seed=3)
+    lse[0, 0], other_lse[0, 1], lse[0, 2], other_lse[0, 2] = (float("-inf"),) * 4
+    out[0, 0], out[0, 2] = 0, 0
+    expected, expected_lse = out.clone(), lse.clone()
+    reference.merge_partials_(expected, expected_lse, other, other_lse)
+    untouched = out[0, 1].clone()
+    native.merge_partials_(out, lse, other, other_lse)
+    torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-6, atol=1e-6)
+    assert torch.equal(out[0, 1], untouched)
+    assert torch.equal(out[0, 2], torch.zeros_like(out[0, 2]))
+
+
+KERNELS = [(1, 2, 2), (2, 4, 4), (4, 8, 8), (1, 1, 1), (3, 2, 5)]
+
+
+@each_device
+@pytest.mark.parametrize(("source", "target"), itertools.product(DTYPES, DTYPES), ids=str)
+@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+def test_patch_rows_are_bit_equal(device, source, target, kernel) -> None:
+    latents = rand(2, 4, 5, 6, 9, dtype=source, device=device)
+    expected = reference.patch_rows(latents, kernel, dtype=target)
+    assert torch.equal(native.patch_rows(latents, kernel, dtype=target), expected)
+    some = slice(1, max(1, expected.size(1) - 1))
+    assert torch.equal(native.patch_rows(latents, kernel, dtype=target, rows=some), expected[:, some])
+    moved = latents.permute(0, 2, 3, 4, 1).contiguous().permute(0, 4, 1, 2, 3)
+    assert torch.equal(native.patch_rows(moved, kernel, dtype=target), expected)
+
+
+def _step_case(dtype: torch.dtype, wide: bool, device: str):
+    latents = rand(2, 4, 3, 4, 6, dtype=torch.float32 if wide else dtype, device=device)
+    rows = rand(2, 3 * 2 * 3, 4 * 4, dtype=dtype, device=device, seed=1)
+    return latents, rows, (1, 2, 2)
+
+
+@each_device
+@each_dtype
+@pytest.mark.parametrize("wide", [True, False])
+def test_euler_and_distilled_steps(device, dtype, wide: bool) -> None:
+    latents, rows, patch = _step_case(dtype, wide, device)
+    torch.testing.assert_close(
+        native.euler_step(latents, rows, patch, delta=-0.3), reference.euler_step(latents, rows, patch, delta=-0.3)
+    )
+    for start in (None, rand(*latents.shape, dtype=latents.dtype, device=device, seed=5)):
+        settings = {"sigma": 0.71, "sigma_next": 0.33}
+        ours = native.dmd_step(latents, rows, start, patch, **settings)
+        expected = reference.dmd_step(latents, rows, start, patch, **settings)
+        assert ours.dtype == expected.dtype
+        assert torch.equal(ours, expected), "defined in float64, so bit for bit"
+
+
+@each_device
+@each_dtype
+@pytest.mark.parametrize("count", [0, 1, 3])
+@pytest.mark.parametrize("corrects", [True, False])
+def test_unipc_step(device, dtype, count: int, corrects: bool) -> None:
+    latents, rows, patch = _step_case(dtype, True, device)
+    history = [rand(*latents.shape, device=device, seed=seed) for seed in range(2, 2 + count)]
+    previous = rand(*latents.shape, device=device, seed=9) if corrects else None
+    numbers = [0.9, -0.4, 0.7, 0.2, -1.1][: 2 + count]
+    settings = {"sigma": 0.6, "correct": numbers, "predict": numbers[::-1]}
+    for ours, expected in zip(
+        native.unipc_step(latents, rows, previous, history, patch, **settings),
+        reference.unipc_step(latents, rows, previous, history, patch, **settings),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+@each_device
+@pytest.mark.parametrize(
+    ("x_dtype", "dtype"), [(torch.float32,) * 2, (torch.float32, torch.bfloat16), (torch.bfloat16,) * 2], ids=str
+)
+def test_upsample_renoise(device, x_dtype, dtype) -> None:
+    x, draws = rand(2, 3, 2, 3, 5, dtype=x_dtype, device=device), rand(2 * 3 * 2 * 3 * 5, 4, device=device)
+    factor = rand(4, 4, device=device).tril()
+    settings = {"alpha": 0.6, "beta": 0.69, "dtype": dtype}
+    ours, expected = (ops.upsample_renoise(x, draws, factor, **settings) for ops in (native, reference))
+    assert ours.dtype == expected.dtype
+    same_but_for_ties(ours, expected)
+
+
+@each_device
+@each_dtype
+@pytest.mark.parametrize("zero_star", [True, False])
+def test_cfg_combine(device, dtype, zero_star: bool) -> None:
+    positive, negative = (rand(3, 50, 64, dtype=dtype, device=device, seed=seed) for seed in (0, 1))
+    settings = {"scale": 4.5, "zero_star": zero_star}
+    ours = native.cfg_combine(positive, negative, **settings)
+    same_but_for_ties(ours, reference.cfg_combine(positive, negative, **settings))
+    assert torch.equal(ours, native.cfg_combine(positive, negative, **settings)), "sums have one order"
+    if zero_star:
+        near(native.cfg_combine(positive, positive, **settings), positive, dtype, roundings=2)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last_3d)
+
+
+@each_device
+@each_dtype
+@pytest.mark.parametrize("channels", [96, 384, 8, 5])
+@pytest.mark.parametrize("silu", [True, False])
+def test_channel_norm_silu(device, dtype, channels: int, silu: bool) -> None:
+    x = _channels_last(rand(2, channels, 3, 4, 5, dtype=dtype, device=device))
+    x[0, :, 0, 0, 0] = 0
+    gamma = rand(channels, dtype=dtype, device=device, seed=1).view(-1, 1, 1, 1)
+    normed = x.double() / x.double().norm(dim=1, keepdim=True).clamp_min(1e-12) * channels**0.5 * gamma.double()
+    near(native.channel_norm_silu(x, gamma, silu=silu), F.silu(normed) if silu else normed, dtype, roundings=3)
+    buffer = torch.full((2, 5, 4, 5, channels), POISON, dtype=dtype, device=device).permute(0, 4, 1, 2, 3)
+    native.channel_norm_silu(x, gamma, silu=silu, out=buffer[:, :, 2:])
+    assert torch.equal(buffer[:, :, 2:], native.channel_norm_silu(x, gamma, silu=silu))
+    assert buffer[:, :, :2].isnan().all(), "what lies before stays"
+    torch.testing.assert_close(
+        native.channel_norm_silu(x, gamma, silu=silu),
+        reference.channel_norm_silu(x, gamma, silu=silu),
+        rtol=3 * RELATIVE[dtype],
+        atol=1e-5 if dtype == torch.float32 else 2e-2,
+    )
+
+
+@each_device
+@each_dtype
+@pytest.mark.parametrize("channels", [8, 3])
+def test_upsample_and_bias_residual(device, dtype, channels: int) -> None:
+    x = _channels_last(rand(2, channels, 3, 4, 5, dtype=dtype, device=device))
+    assert torch.equal(native.upsample_nearest(x), reference.upsample_nearest(x))
+    bias = rand(channels, dtype=dtype, device=device, seed=1)
+    residual = _channels_last(rand(2, channels, 3, 4, 5, dtype=dtype, device=device, seed=2))
+    for given in ((bias, residual), (None, residual), (bias, None)):
+        ours, expected = x.clone(), x.clone()
+        native.bias_residual_(ours, *given)
+        reference.bias_residual_(expected, *given)
+        assert torch.equal(ours, expected)
+
+
+@each_device
+def test_nothing_to_do_is_done(device) -> None:
+    none, rows = torch.empty(2, 0, 16, device=device), torch.ones(2, 16, device=device)
+    assert native.norm_scale_shift(none, rows, rows, num_history=0, eps=EPS).shape == none.shape
+    native.gated_residual_(none, none, rows, num_history=0)
+    native.rms_norm_(none, rows[0], eps=EPS)
+    native.qk_rms_norm_rope_(
+        torch.empty(1, 0, 48, device=device), rows[0], rows[0], torch.empty(0, 4, 2, device=device), eps=EPS
+    )
+    assert native.patch_rows(torch.ones(1, 1, 2, 2, 2, device=device), (1, 1, 1), rows=slice(3, 3)).shape == (1, 0, 1)
+    assert native.unpack_heads(torch.empty(0, device=device), (1, 0, 2, 4), (1, 1)).shape == (1, 0, 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda x, r: native._ops.residual_gate_norm(x, None, None, r, r, x.transpose(0, 1).contiguous(), 0, EPS),
+            "size",
+        ),
+        (lambda x, r: native._ops.residual_gate_norm(x, x.bfloat16(), None, None, None, None, 0, EPS), "wrong dtype"),
+        (lambda x, r: native._ops.residual_gate_norm(x, x, None, None, None, None, 9, EPS), "num_history"),
+        (
+            lambda x, r: native._ops.residual_gate_norm(x.transpose(1, 2), None, None, r, r, None, 0, EPS),
+            "side by side",
+        ),
+        (lambda x, r: native._ops.rmsnorm_rows(x, r[0, :8], EPS), "16 elements"),
+        (lambda x, r: native._ops.rmsnorm_rows(x.double(), r[0], EPS), "float32, bfloat16 or float16"),
+        (lambda x, r: native._ops.unpack_heads(x, x[None], [1]), "heads must sum"),
+        (lambda x, r: native._ops.patch_gather(x[None, None], torch.zeros(1, 2, 1), [1, 1, 1], 95), "outside"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_does_not_fit_is_refused(call, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        call(torch.zeros(2, 3, 16), torch.zeros(2, 16))
+
+
+def _opcheck_calls() -> dict[str, tuple]:
+    x, rows = rand(1, 4, 96), rand(2, 96)
+    qkv, weights, rotation, scale = _qkv_case(torch.float32, "cpu", 3, 16, batch=1)
+    latents, velocity, patch = _step_case(torch.float32, True, "cpu")
+    pictures = _channels_last(rand(1, 8, 2, 3, 4))
+    doubled = torch.empty(1, 2, 6, 8, 8).permute(0, 4, 1, 2, 3)
+    like = [torch.empty_like(latents) for _ in range(4)]
+    return {
+        "residual_gate_norm": (x, x.clone(), rows, rows, rows, torch.empty_like(x), 2, EPS),
+        "qk_rmsnorm_rope": (qkv, *weights, rotation, scale, 2, 1, EPS),
+        "qk_rmsnorm_rope_pack": (qkv, *weights, rotation, scale, torch.zeros(qkv.numel()), [2, 1], 2, 0, EPS),
+        "rmsnorm_rows": (x, rows[0], EPS),
+        "unpack_heads": (rand(60), torch.empty(1, 5, 3, 4), [1, 2]),
+        "merge_partials": (rand(5, 4), rand(5), rand(5, 4, seed=1), rand(5, seed=1)),
+        "patch_gather": (latents, torch.empty(2, 18, 16), list(patch), 0),
+        "euler_step": (latents, velocity, like[0], list(patch), 0.1),
+        "dmd_step": (latents, velocity, None, like[0], list(patch), 0.5, 0.2),
+        "unipc_step": (
+            *(
+                latents,
+                velocity,
+                None,
+                [like[3].zero_()],
+                *like[:3],
+                list(patch),
+                0.5,
+                [0.0, 0.0, 0.0],
+                [1.0, 0.5, 0.2],
+            ),
+        ),
+        "upsample_renoise": (
+            latents,
+            rand(latents.numel(), 4),
+            rand(4, 4),
+            torch.empty(2, 4, 3, 8, 12),
+            0.5,
+            0.5,
+            True,
+        ),
+        "cfg_combine": (x, x.clone(), torch.empty_like(x), torch.empty(1, 64, 2, dtype=torch.float64), 3.0),
+        "channel_norm_silu": (pictures, rand(8), torch.empty_like(pictures), True),
+        "upsample_nearest": (pictures, doubled),
+        "bias_residual": (pictures, rand(8), pictures.clone()),
+    }
+
+
+@pytest.mark.parametrize("name", native.OPERATORS)
+def test_opcheck(name: str) -> None:
+    operator = getattr(torch.ops.helios, name).default
+    torch.library.opcheck(
+        operator, _opcheck_calls()[name], test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    )
+
+
+def test_every_operator_is_listed_and_described() -> None:
+    assert set(_opcheck_calls()) == set(native.OPERATORS)
+    assert "compiled" in native.describe()[0]
