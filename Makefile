@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test test-full lint format clean
+.PHONY: demo test test-full lint format clean kernels cuda-check
 
 # torch first and by exact version: a later `pip install` then never picks another build of it.
 $(VENV)/.ready: pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc/*/*)
@@ -30,6 +30,18 @@ test: $(VENV)/.ready
 
 test-full: $(VENV)/.ready
 	$(BIN)/python -m pytest
+
+# The kernels alone, without torch: their C++ tests, plain and under the sanitizers, once per instruction set.
+kernels:
+	cmake -B build/kernels -S . >/dev/null && cmake --build build/kernels --parallel 2 >/dev/null
+	ctest --test-dir build/kernels --output-on-failure
+	cmake -B build/sanitized -S . -DHELIOS_SANITIZE=ON >/dev/null && cmake --build build/sanitized --parallel 2 >/dev/null
+	ctest --test-dir build/sanitized --output-on-failure
+
+# Every CUDA kernel for every architecture, with nvcc alone; no GPU needed.
+cuda-check: $(VENV)/.ready
+	$(PIP) --no-deps nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+	$(BIN)/python csrc/check_cuda.py
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -21,13 +21,16 @@ void bind_unpack_heads(const Tensor received, const Tensor out, const Ints heads
   launch(out, args, HELIOS_TWINS(unpack_heads));
 }
 
-void bind_merge_partials(const Tensor out, const Tensor lse, const Tensor other, const Tensor other_lse) {
+void bind_merge_partials(const Tensor out, const Tensor lse, const Tensor other,
+                         const Tensor other_lse) {
   MergePartials args{};
   for (const Tensor* x : {&lse, &other, &other_lse}) check_same(out, *x, "every tensor");
   for (const Tensor* x : {&out, &lse, &other, &other_lse}) check_contiguous(*x, "every tensor");
-  for (const Tensor* x : {&out, &lse, &other_lse}) check_dtype(*x, ScalarType::Float, "out and lse");
+  for (const Tensor* x : {&out, &lse, &other_lse})
+    check_dtype(*x, ScalarType::Float, "out and lse");
   check_shape(out, other, "other"), check_shape(lse, other_lse, "other_lse");
-  STD_TORCH_CHECK(out.dim() >= 1 && lse.numel() * out.size(out.dim() - 1) == out.numel(), "lse must be out's rows");
+  STD_TORCH_CHECK(out.dim() >= 1 && lse.numel() * out.size(out.dim() - 1) == out.numel(),
+                  "lse must be out's rows");
   args.out = static_cast<float*>(out.mutable_data_ptr());
   args.lse = static_cast<float*>(lse.mutable_data_ptr());
   args.other = other.const_data_ptr(), args.dtype = dtype_of(other, "other");

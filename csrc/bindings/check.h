@@ -1,4 +1,5 @@
-// What the bindings share: from torch's tensors to the kernels' structs, checked once for both twins.
+// What the bindings share: from torch's tensors to the kernels' structs, checked once for both
+// twins.
 
 #pragma once
 
@@ -35,8 +36,9 @@ inline DType dtype_of(const Tensor& x, const char* name) {
 }
 
 inline void check_same(const Tensor& x, const Tensor& other, const char* name) {
-  STD_TORCH_CHECK(x.get_device_index() == other.get_device_index() && x.is_cuda() == other.is_cuda(), name,
-                  " must be on the same device");
+  STD_TORCH_CHECK(
+      x.get_device_index() == other.get_device_index() && x.is_cuda() == other.is_cuda(), name,
+      " must be on the same device");
 }
 
 inline void check_dtype(const Tensor& x, ScalarType dtype, const char* name) {
@@ -49,16 +51,18 @@ inline void check_contiguous(const Tensor& x, const char* name) {
 
 // A [batch, rows, width] tensor whose rows lie side by side.
 inline Rows rows_of(const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(x.dim() == 3, name, " must be [batch, rows, width], got ", x.dim(), " dimensions");
-  STD_TORCH_CHECK(x.size(2) <= 1 || x.stride(2) == 1, name, " must have rows whose elements lie side by side");
+  STD_TORCH_CHECK(x.dim() == 3, name, " must be [batch, rows, width], got ", x.dim(),
+                  " dimensions");
+  STD_TORCH_CHECK(x.size(2) <= 1 || x.stride(2) == 1, name,
+                  " must have rows whose elements lie side by side");
   return {x.data_ptr(), x.stride(0), x.stride(1)};
 }
 
 inline void check_shape(const Tensor& x, const Tensor& other, const char* name) {
   STD_TORCH_CHECK(x.dim() == other.dim(), name, " must have as many dimensions");
   for (int64_t d = 0; d < x.dim(); ++d) {
-    STD_TORCH_CHECK(x.size(d) == other.size(d), name, " must have size ", x.size(d), " in dimension ", d, ", got ",
-                    other.size(d));
+    STD_TORCH_CHECK(x.size(d) == other.size(d), name, " must have size ", x.size(d),
+                    " in dimension ", d, ", got ", other.size(d));
   }
 }
 

@@ -1,57 +1,69 @@
-// Every operator's schema. Mutated arguments are marked; nothing is returned, so callers own all memory.
+// Every operator's schema. Mutated arguments are marked; nothing is returned, so callers own all
+// memory.
 
 #include "ops.h"
 
 STABLE_TORCH_LIBRARY(helios, m) {
   m.def(
-      "residual_gate_norm(Tensor(a!) x, Tensor? y, Tensor? gate, Tensor? weight, Tensor? bias, Tensor(b!)? out, "
+      "residual_gate_norm(Tensor(a!) x, Tensor? y, Tensor? gate, Tensor? weight, Tensor? bias, "
+      "Tensor(b!)? out, "
       "int num_history, float eps) -> ()");
   m.def(
-      "qk_rmsnorm_rope(Tensor(a!) qkv, Tensor q_weight, Tensor k_weight, Tensor rotation, Tensor? history_scale, "
+      "qk_rmsnorm_rope(Tensor(a!) qkv, Tensor q_weight, Tensor k_weight, Tensor rotation, Tensor? "
+      "history_scale, "
       "int num_history, int first_query, float eps) -> ()");
   m.def(
-      "qk_rmsnorm_rope_pack(Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor rotation, Tensor? history_scale, "
+      "qk_rmsnorm_rope_pack(Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor rotation, Tensor? "
+      "history_scale, "
       "Tensor(a!) packed, int[] heads, int num_history, int first_query, float eps) -> ()");
   m.def("rmsnorm_rows(Tensor(a!) x, Tensor weight, float eps) -> ()");
   m.def("unpack_heads(Tensor received, Tensor(a!) out, int[] heads) -> ()");
   m.def("merge_partials(Tensor(a!) out, Tensor(b!) lse, Tensor other, Tensor other_lse) -> ()");
   m.def("patch_gather(Tensor latents, Tensor(a!) rows, int[] kernel, int first_row) -> ()");
-  m.def("euler_step(Tensor latents, Tensor velocity, Tensor(a!) out, int[] patch, float delta) -> ()");
   m.def(
-      "dmd_step(Tensor latents, Tensor velocity, Tensor? start, Tensor(a!) out, int[] patch, float sigma, "
+      "euler_step(Tensor latents, Tensor velocity, Tensor(a!) out, int[] patch, float delta) -> "
+      "()");
+  m.def(
+      "dmd_step(Tensor latents, Tensor velocity, Tensor? start, Tensor(a!) out, int[] patch, float "
+      "sigma, "
       "float sigma_next) -> ()");
   m.def(
-      "unipc_step(Tensor latents, Tensor velocity, Tensor? previous_base, Tensor[] history, Tensor(a!) x0, "
-      "Tensor(b!) base, Tensor(c!) out, int[] patch, float sigma, float[] correct, float[] predict) -> ()");
+      "unipc_step(Tensor latents, Tensor velocity, Tensor? previous_base, Tensor[] history, "
+      "Tensor(a!) x0, "
+      "Tensor(b!) base, Tensor(c!) out, int[] patch, float sigma, float[] correct, float[] "
+      "predict) -> ()");
   m.def(
-      "upsample_renoise(Tensor x, Tensor draws, Tensor factor, Tensor(a!) out, float alpha, float beta, "
+      "upsample_renoise(Tensor x, Tensor draws, Tensor factor, Tensor(a!) out, float alpha, float "
+      "beta, "
       "bool noise_is_wide) -> ()");
   m.def(
-      "cfg_combine(Tensor positive, Tensor negative, Tensor(a!) out, Tensor(b!)? workspace, float scale) -> ()");
+      "cfg_combine(Tensor positive, Tensor negative, Tensor(a!) out, Tensor(b!)? workspace, float "
+      "scale) -> ()");
   m.def("channel_norm_silu(Tensor x, Tensor gamma, Tensor(a!) out, bool silu) -> ()");
   m.def("upsample_nearest(Tensor x, Tensor(a!) out) -> ()");
   m.def("bias_residual(Tensor(a!) x, Tensor? bias, Tensor? residual) -> ()");
 }
 
-#define HELIOS_IMPL(m)                                                       \
-  m.impl("residual_gate_norm", TORCH_BOX(&helios::bind_residual_gate_norm)); \
-  m.impl("qk_rmsnorm_rope", TORCH_BOX(&helios::bind_qk_rmsnorm_rope));       \
+#define HELIOS_IMPL(m)                                                           \
+  m.impl("residual_gate_norm", TORCH_BOX(&helios::bind_residual_gate_norm));     \
+  m.impl("qk_rmsnorm_rope", TORCH_BOX(&helios::bind_qk_rmsnorm_rope));           \
   m.impl("qk_rmsnorm_rope_pack", TORCH_BOX(&helios::bind_qk_rmsnorm_rope_pack)); \
-  m.impl("rmsnorm_rows", TORCH_BOX(&helios::bind_rmsnorm_rows));             \
-  m.impl("unpack_heads", TORCH_BOX(&helios::bind_unpack_heads));             \
-  m.impl("merge_partials", TORCH_BOX(&helios::bind_merge_partials));         \
-  m.impl("patch_gather", TORCH_BOX(&helios::bind_patch_gather));             \
-  m.impl("euler_step", TORCH_BOX(&helios::bind_euler_step));                 \
-  m.impl("dmd_step", TORCH_BOX(&helios::bind_dmd_step));                     \
-  m.impl("unipc_step", TORCH_BOX(&helios::bind_unipc_step));                 \
-  m.impl("upsample_renoise", TORCH_BOX(&helios::bind_upsample_renoise));     \
-  m.impl("cfg_combine", TORCH_BOX(&helios::bind_cfg_combine));               \
-  m.impl("channel_norm_silu", TORCH_BOX(&helios::bind_channel_norm_silu));   \
-  m.impl("upsample_nearest", TORCH_BOX(&helios::bind_upsample_nearest));     \
+  m.impl("rmsnorm_rows", TORCH_BOX(&helios::bind_rmsnorm_rows));                 \
+  m.impl("unpack_heads", TORCH_BOX(&helios::bind_unpack_heads));                 \
+  m.impl("merge_partials", TORCH_BOX(&helios::bind_merge_partials));             \
+  m.impl("patch_gather", TORCH_BOX(&helios::bind_patch_gather));                 \
+  m.impl("euler_step", TORCH_BOX(&helios::bind_euler_step));                     \
+  m.impl("dmd_step", TORCH_BOX(&helios::bind_dmd_step));                         \
+  m.impl("unipc_step", TORCH_BOX(&helios::bind_unipc_step));                     \
+  m.impl("upsample_renoise", TORCH_BOX(&helios::bind_upsample_renoise));         \
+  m.impl("cfg_combine", TORCH_BOX(&helios::bind_cfg_combine));                   \
+  m.impl("channel_norm_silu", TORCH_BOX(&helios::bind_channel_norm_silu));       \
+  m.impl("upsample_nearest", TORCH_BOX(&helios::bind_upsample_nearest));         \
   m.impl("bias_residual", TORCH_BOX(&helios::bind_bias_residual));
 
-STABLE_TORCH_LIBRARY_IMPL(helios, CPU, m) { HELIOS_IMPL(m) }
-
+STABLE_TORCH_LIBRARY_IMPL(helios, CPU, m){HELIOS_IMPL(m)}
 #ifdef HELIOS_CUDA
-STABLE_TORCH_LIBRARY_IMPL(helios, CUDA, m) { HELIOS_IMPL(m) }
+STABLE_TORCH_LIBRARY_IMPL(helios, CUDA, m) {
+  HELIOS_IMPL(m)
+}
 #endif

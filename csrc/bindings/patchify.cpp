@@ -10,14 +10,16 @@ void check_kernel(const Ints& kernel, const char* name) {
                   " must be three positive sizes");
 }
 
-SolverStep step_of(SolverStep::Rule rule, const Tensor& latents, const Tensor& velocity, const Tensor& out,
-                   const Ints& patch) {
+SolverStep step_of(SolverStep::Rule rule, const Tensor& latents, const Tensor& velocity,
+                   const Tensor& out, const Ints& patch) {
   SolverStep args{};
   args.rule = rule;
   check_kernel(patch, "patch");
   STD_TORCH_CHECK(latents.dim() == 5, "latents must be [batch, channels, frames, rows, columns]");
-  check_same(latents, velocity, "velocity"), check_same(latents, out, "out"), check_shape(latents, out, "out");
-  check_contiguous(latents, "latents"), check_contiguous(velocity, "velocity"), check_contiguous(out, "out");
+  check_same(latents, velocity, "velocity"), check_same(latents, out, "out"),
+      check_shape(latents, out, "out");
+  check_contiguous(latents, "latents"), check_contiguous(velocity, "velocity"),
+      check_contiguous(out, "out");
   check_numel(velocity, latents.numel(), "velocity");
   args.batch = latents.size(0), args.channels = latents.size(1);
   for (int d = 0; d < 3; ++d) {
@@ -37,7 +39,8 @@ SolverStep step_of(SolverStep::Rule rule, const Tensor& latents, const Tensor& v
 
 }  // namespace
 
-void bind_patch_gather(const Tensor latents, const Tensor rows, const Ints kernel, int64_t first_row) {
+void bind_patch_gather(const Tensor latents, const Tensor rows, const Ints kernel,
+                       int64_t first_row) {
   PatchGather args{};
   check_kernel(kernel, "kernel");
   STD_TORCH_CHECK(latents.dim() == 5, "latents must be [batch, channels, frames, rows, columns]");
@@ -53,7 +56,8 @@ void bind_patch_gather(const Tensor latents, const Tensor rows, const Ints kerne
   }
   args.rows = rows.mutable_data_ptr(), args.first_row = first_row, args.num_rows = rows.size(1);
   args.latents_dtype = dtype_of(latents, "latents"), args.rows_dtype = dtype_of(rows, "rows");
-  STD_TORCH_CHECK(rows.size(0) == args.batch && rows.size(2) == args.channels * kernel[0] * kernel[1] * kernel[2],
+  STD_TORCH_CHECK(rows.size(0) == args.batch &&
+                      rows.size(2) == args.channels * kernel[0] * kernel[1] * kernel[2],
                   "rows must hold a patch each");
   STD_TORCH_CHECK(first_row >= 0 && first_row + args.num_rows <= tokens, "rows ", first_row, " to ",
                   first_row + args.num_rows, " lie outside the ", tokens, " patches");
@@ -61,19 +65,21 @@ void bind_patch_gather(const Tensor latents, const Tensor rows, const Ints kerne
   launch(latents, args, HELIOS_TWINS(patch_gather));
 }
 
-void bind_euler_step(const Tensor latents, const Tensor velocity, const Tensor out, const Ints patch, double delta) {
+void bind_euler_step(const Tensor latents, const Tensor velocity, const Tensor out,
+                     const Ints patch, double delta) {
   SolverStep args = step_of(SolverStep::Rule::kEuler, latents, velocity, out, patch);
   args.scale = delta;
   if (out.numel() == 0) return;
   launch(latents, args, HELIOS_TWINS(solver_step));
 }
 
-void bind_dmd_step(const Tensor latents, const Tensor velocity, const MaybeTensor start, const Tensor out,
-                   const Ints patch, double sigma, double sigma_next) {
+void bind_dmd_step(const Tensor latents, const Tensor velocity, const MaybeTensor start,
+                   const Tensor out, const Ints patch, double sigma, double sigma_next) {
   SolverStep args = step_of(SolverStep::Rule::kDmd, latents, velocity, out, patch);
   args.sigma = sigma, args.scale = sigma_next;
   if (start.has_value()) {
-    check_same(latents, *start, "start"), check_shape(latents, *start, "start"), check_contiguous(*start, "start");
+    check_same(latents, *start, "start"), check_shape(latents, *start, "start"),
+        check_contiguous(*start, "start");
     check_dtype(*start, out.scalar_type(), "start");
     args.start = start->const_data_ptr();
   }
@@ -82,26 +88,33 @@ void bind_dmd_step(const Tensor latents, const Tensor velocity, const MaybeTenso
 }
 
 void bind_unipc_step(const Tensor latents, const Tensor velocity, const MaybeTensor previous_base,
-                     const std::vector<Tensor> history, const Tensor x0, const Tensor base, const Tensor out,
-                     const Ints patch, double sigma, const Floats correct, const Floats predict) {
+                     const std::vector<Tensor> history, const Tensor x0, const Tensor base,
+                     const Tensor out, const Ints patch, double sigma, const Floats correct,
+                     const Floats predict) {
   SolverStep args = step_of(SolverStep::Rule::kUniPC, latents, velocity, out, patch);
   const auto state = [&](const Tensor& x, const char* name) {
     check_same(latents, x, name), check_shape(latents, x, name), check_contiguous(x, name);
     check_dtype(x, ScalarType::Float, name);
     return x.data_ptr();
   };
-  STD_TORCH_CHECK(history.size() <= kMaxHistory, "at most ", kMaxHistory, " earlier steps, got ", history.size());
+  STD_TORCH_CHECK(history.size() <= kMaxHistory, "at most ", kMaxHistory, " earlier steps, got ",
+                  history.size());
   STD_TORCH_CHECK(correct.size() == history.size() + 2 && predict.size() == history.size() + 2,
-                  "correct (base, current, history) and predict (base, current, history) need ", history.size() + 2,
-                  " numbers each");
+                  "correct (base, current, history) and predict (base, current, history) need ",
+                  history.size() + 2, " numbers each");
   args.sigma = sigma, args.num_history = static_cast<int>(history.size());
-  args.x0 = static_cast<float*>(state(x0, "x0")), args.base = static_cast<float*>(state(base, "base"));
-  if (previous_base.has_value()) args.previous_base = static_cast<const float*>(state(*previous_base, "previous_base"));
-  args.correct_base = static_cast<float>(correct[0]), args.correct_current = static_cast<float>(correct[1]);
-  args.predict_base = static_cast<float>(predict[0]), args.predict[0] = static_cast<float>(predict[1]);
+  args.x0 = static_cast<float*>(state(x0, "x0")),
+  args.base = static_cast<float*>(state(base, "base"));
+  if (previous_base.has_value())
+    args.previous_base = static_cast<const float*>(state(*previous_base, "previous_base"));
+  args.correct_base = static_cast<float>(correct[0]),
+  args.correct_current = static_cast<float>(correct[1]);
+  args.predict_base = static_cast<float>(predict[0]),
+  args.predict[0] = static_cast<float>(predict[1]);
   for (size_t k = 0; k < history.size(); ++k) {
     args.history[k] = static_cast<const float*>(state(history[k], "history"));
-    args.correct[k] = static_cast<float>(correct[k + 2]), args.predict[k + 1] = static_cast<float>(predict[k + 2]);
+    args.correct[k] = static_cast<float>(correct[k + 2]),
+    args.predict[k + 1] = static_cast<float>(predict[k + 2]);
   }
   if (out.numel() == 0) return;
   launch(latents, args, HELIOS_TWINS(solver_step));

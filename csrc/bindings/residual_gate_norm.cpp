@@ -9,23 +9,26 @@ namespace {
 const float* segment_rows(const Tensor& x, const Tensor& rows, const char* name, int64_t* stride) {
   check_same(x, rows, name);
   check_dtype(rows, ScalarType::Float, name);
-  STD_TORCH_CHECK(rows.dim() == 2 && rows.size(0) == 2 && rows.size(1) == x.size(2), name, " must be [2, width]");
-  STD_TORCH_CHECK(rows.size(1) <= 1 || rows.stride(1) == 1, name, " must have elements side by side");
+  STD_TORCH_CHECK(rows.dim() == 2 && rows.size(0) == 2 && rows.size(1) == x.size(2), name,
+                  " must be [2, width]");
+  STD_TORCH_CHECK(rows.size(1) <= 1 || rows.stride(1) == 1, name,
+                  " must have elements side by side");
   *stride = rows.stride(0);
   return static_cast<const float*>(rows.const_data_ptr());
 }
 
 }  // namespace
 
-void bind_residual_gate_norm(const Tensor x, const MaybeTensor y, const MaybeTensor gate, const MaybeTensor weight,
-                             const MaybeTensor bias, const MaybeTensor out, int64_t num_history, double eps) {
+void bind_residual_gate_norm(const Tensor x, const MaybeTensor y, const MaybeTensor gate,
+                             const MaybeTensor weight, const MaybeTensor bias,
+                             const MaybeTensor out, int64_t num_history, double eps) {
   ResidualGateNorm args{};
   args.x = rows_of(x, "x");
   args.dtype = dtype_of(x, "x");
   args.batch = x.size(0), args.rows = x.size(1), args.width = x.size(2);
   args.num_history = num_history, args.eps = static_cast<float>(eps);
-  STD_TORCH_CHECK(num_history >= 0 && num_history <= args.rows, "num_history must lie between 0 and ", args.rows,
-                  ", got ", num_history);
+  STD_TORCH_CHECK(num_history >= 0 && num_history <= args.rows,
+                  "num_history must lie between 0 and ", args.rows, ", got ", num_history);
   if (y.has_value()) {
     check_same(x, *y, "y"), check_shape(x, *y, "y"), check_dtype(*y, x.scalar_type(), "y");
     args.y = rows_of(*y, "y");
@@ -33,7 +36,8 @@ void bind_residual_gate_norm(const Tensor x, const MaybeTensor y, const MaybeTen
   }
   if (out.has_value()) {
     STD_TORCH_CHECK(weight.has_value() && bias.has_value(), "a norm needs weight and bias");
-    check_same(x, *out, "out"), check_shape(x, *out, "out"), check_dtype(*out, x.scalar_type(), "out");
+    check_same(x, *out, "out"), check_shape(x, *out, "out"),
+        check_dtype(*out, x.scalar_type(), "out");
     args.out = rows_of(*out, "out");
     args.weight = segment_rows(x, *weight, "weight", &args.weight_stride);
     args.bias = segment_rows(x, *bias, "bias", &args.bias_stride);

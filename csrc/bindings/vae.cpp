@@ -42,8 +42,9 @@ void bind_upsample_nearest(const Tensor x, const Tensor out) {
   check_same(x, out, "out"), check_dtype(out, x.scalar_type(), "out");
   fill_size(args, x);
   args.element_size = static_cast<int64_t>(x.element_size());
-  STD_TORCH_CHECK(out.size(0) == args.batch && out.size(1) == args.channels && out.size(2) == args.frames &&
-                      out.size(3) == 2 * args.rows && out.size(4) == 2 * args.columns,
+  STD_TORCH_CHECK(out.size(0) == args.batch && out.size(1) == args.channels &&
+                      out.size(2) == args.frames && out.size(3) == 2 * args.rows &&
+                      out.size(4) == 2 * args.columns,
                   "out must have twice the rows and columns");
   if (x.numel() == 0) return;
   launch(x, args, HELIOS_TWINS(upsample_nearest));

@@ -1,4 +1,5 @@
-// What surrounds attention over several ranks: bringing exchanged heads back into rows, and merging partial results.
+// What surrounds attention over several ranks: bringing exchanged heads back into rows, and merging
+// partial results.
 
 #pragma once
 
@@ -6,7 +7,8 @@
 
 namespace helios {
 
-// received: source by source, [rows][batch][heads of it][head_dim]; out: [batch, rows, all heads, head_dim], contiguous.
+// received: source by source, [rows][batch][heads of it][head_dim]; out: [batch, rows, all heads,
+// head_dim], contiguous.
 struct UnpackHeads {
   const void* received;
   void* out;
@@ -16,8 +18,9 @@ struct UnpackHeads {
   std::int64_t element_size;
 };
 
-// Folds a second partial, over other keys, into the first. lse is the natural logarithm of the sum of exponentials; -inf saw
-// no key and contributes nothing. Source: FlashAttention-2 (arXiv 2307.08691), section 3.1.
+// Folds a second partial, over other keys, into the first. lse is the natural logarithm of the sum
+// of exponentials; -inf saw no key and contributes nothing. Source: FlashAttention-2 (arXiv
+// 2307.08691), section 3.1.
 struct MergePartials {
   float* out;              // [rows, dim] in and out
   float* lse;              // [rows] in and out

@@ -18,7 +18,8 @@ void merge(const MergePartials& args) {
     float* out = args.out + row * args.dim;
     const T* rest = static_cast<const T*>(args.other) + row * args.dim;
 #pragma omp simd
-    for (int64_t i = 0; i < args.dim; ++i) out[i] = out[i] * own_share + to_float(rest[i]) * other_share;
+    for (int64_t i = 0; i < args.dim; ++i)
+      out[i] = out[i] * own_share + to_float(rest[i]) * other_share;
     args.lse[row] = top + logf(total);
   }
 }
@@ -27,7 +28,8 @@ void merge(const MergePartials& args) {
 
 void unpack_heads(const UnpackHeads& args) noexcept {
   int64_t num_heads = 0;
-  for (int source = 0; source < args.num_sources; ++source) num_heads += args.heads_per_source[source];
+  for (int source = 0; source < args.num_sources; ++source)
+    num_heads += args.heads_per_source[source];
   const int64_t head_bytes = args.head_dim * args.element_size;
 #pragma omp parallel for schedule(static)
   for (int64_t row = 0; row < args.rows; ++row) {
@@ -44,7 +46,9 @@ void unpack_heads(const UnpackHeads& args) noexcept {
   }
 }
 
-void merge_partials(const MergePartials& args) noexcept { HELIOS_FOR_DTYPE(args.dtype, merge, args) }
+void merge_partials(const MergePartials& args) noexcept {
+  HELIOS_FOR_DTYPE(args.dtype, merge, args)
+}
 
 }  // namespace HELIOS_ISA
 }  // namespace helios

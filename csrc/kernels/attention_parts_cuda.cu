@@ -14,7 +14,8 @@ struct Sources {
 
 // One block per row and sample; Unit is what is copied at a time.
 template <typename Unit>
-__global__ void __launch_bounds__(kThreads) unpack(const UnpackHeads args, const Sources sources, std::int64_t units_per_head) {
+__global__ void __launch_bounds__(kThreads)
+    unpack(const UnpackHeads args, const Sources sources, std::int64_t units_per_head) {
   const std::int64_t num_heads = sources.first_head[sources.count], total = args.batch * args.rows;
   for (std::int64_t index = blockIdx.x; index < total; index += gridDim.x) {
     const std::int64_t row = index % args.rows, batch = index / args.rows;
@@ -23,7 +24,8 @@ __global__ void __launch_bounds__(kThreads) unpack(const UnpackHeads args, const
       const std::int64_t head = i / units_per_head;
       int source = 0;
       while (head >= sources.first_head[source + 1]) ++source;
-      const std::int64_t first = sources.first_head[source], heads = sources.first_head[source + 1] - first;
+      const std::int64_t first = sources.first_head[source],
+                         heads = sources.first_head[source + 1] - first;
       const std::int64_t before = args.rows * args.batch * first;
       const std::int64_t from = before + (row * args.batch + batch) * heads + head - first;
       out[i] = static_cast<const Unit*>(args.received)[from * units_per_head + i % units_per_head];
@@ -33,7 +35,8 @@ __global__ void __launch_bounds__(kThreads) unpack(const UnpackHeads args, const
 
 template <typename Unit>
 int unpack_by(const UnpackHeads& args, const Sources& sources, cudaStream_t stream) {
-  const std::int64_t units = args.head_dim * args.element_size / static_cast<std::int64_t>(sizeof(Unit));
+  const std::int64_t units =
+      args.head_dim * args.element_size / static_cast<std::int64_t>(sizeof(Unit));
   unpack<Unit><<<grid_for(args.batch * args.rows), kThreads, 0, stream>>>(args, sources, units);
   return finish();
 }
@@ -43,8 +46,8 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads) merge(const MergePartials args) {
   const int lane = threadIdx.x % 32;
   constexpr int kWarps = kThreads / 32;
-  for (std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32; row < args.rows;
-       row += static_cast<std::int64_t>(gridDim.x) * kWarps) {
+  for (std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
+       row < args.rows; row += static_cast<std::int64_t>(gridDim.x) * kWarps) {
     const float own_lse = args.lse[row], other_lse = args.other_lse[row];
     __syncwarp();  // every lane has read lse before one of them writes it
     if (isinf(other_lse) && other_lse < 0) continue;
@@ -54,14 +57,16 @@ __global__ void __launch_bounds__(kThreads) merge(const MergePartials args) {
     const float own_share = own / total, other_share = other / total;
     float* out = args.out + row * args.dim;
     const T* rest = static_cast<const T*>(args.other) + row * args.dim;
-    for (std::int64_t i = lane; i < args.dim; i += 32) out[i] = out[i] * own_share + to_float(rest[i]) * other_share;
+    for (std::int64_t i = lane; i < args.dim; i += 32)
+      out[i] = out[i] * own_share + to_float(rest[i]) * other_share;
     if (lane == 0) args.lse[row] = top + logf(total);
   }
 }
 
 template <typename T>
 int run_merge(const MergePartials& args, cudaStream_t stream) {
-  merge<T><<<grid_for((args.rows + kThreads / 32 - 1) / (kThreads / 32)), kThreads, 0, stream>>>(args);
+  merge<T>
+      <<<grid_for((args.rows + kThreads / 32 - 1) / (kThreads / 32)), kThreads, 0, stream>>>(args);
   return finish();
 }
 
@@ -71,12 +76,15 @@ int unpack_heads_cuda(const UnpackHeads& args, void* stream) noexcept {
   if (args.num_sources > kMaxSources) return static_cast<int>(cudaErrorInvalidValue);
   Sources sources{};
   sources.count = args.num_sources;
-  for (int s = 0; s < args.num_sources; ++s) sources.first_head[s + 1] = sources.first_head[s] + args.heads_per_source[s];
+  for (int s = 0; s < args.num_sources; ++s)
+    sources.first_head[s + 1] = sources.first_head[s] + args.heads_per_source[s];
   const auto on = static_cast<cudaStream_t>(stream);
-  if (args.head_dim * args.element_size % 16 == 0 && is_aligned(args.received) && is_aligned(args.out)) {
+  if (args.head_dim * args.element_size % 16 == 0 && is_aligned(args.received) &&
+      is_aligned(args.out)) {
     return unpack_by<uint4>(args, sources, on);
   }
-  return args.element_size == 4 ? unpack_by<std::uint32_t>(args, sources, on) : unpack_by<std::uint16_t>(args, sources, on);
+  return args.element_size == 4 ? unpack_by<std::uint32_t>(args, sources, on)
+                                : unpack_by<std::uint16_t>(args, sources, on);
 }
 
 int merge_partials_cuda(const MergePartials& args, void* stream) noexcept {

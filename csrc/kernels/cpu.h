@@ -1,6 +1,6 @@
-// Shared by the CPU twins. Each twin is compiled once per instruction set into a namespace of that name; dispatch.cpp picks
-// one at run time. Only C headers here: inline functions of the standard library, compiled for AVX-512 and merged by the
-// linker, would reach CPUs without it.
+// Shared by the CPU twins. Each twin is compiled once per instruction set into a namespace of that
+// name; dispatch.cpp picks one at run time. Only C headers here: inline functions of the standard
+// library, compiled for AVX-512 and merged by the linker, would reach CPUs without it.
 
 #pragma once
 
@@ -43,7 +43,8 @@ inline float from_float<float>(float x) {
   return x;
 }
 
-// To nearest, ties to even. Rounding by addition would turn some NaNs into numbers, so they are set apart.
+// To nearest, ties to even. Rounding by addition would turn some NaNs into numbers, so they are set
+// apart.
 template <>
 inline BFloat16 from_float<BFloat16>(float x) {
   uint32_t bits;
@@ -64,17 +65,17 @@ inline T* row_at(const Rows& rows, int64_t batch, int64_t row) {
 }
 
 // Calls run<T>(args) for the dtype that args names.
-#define HELIOS_FOR_DTYPE(dtype, run, args)      \
-  switch (dtype) {                              \
-    case DType::kFloat32:                       \
-      run<float>(args);                         \
-      break;                                    \
-    case DType::kBFloat16:                      \
-      run<BFloat16>(args);                      \
-      break;                                    \
-    case DType::kFloat16:                       \
-      run<Float16>(args);                       \
-      break;                                    \
+#define HELIOS_FOR_DTYPE(dtype, run, args) \
+  switch (dtype) {                         \
+    case DType::kFloat32:                  \
+      run<float>(args);                    \
+      break;                               \
+    case DType::kBFloat16:                 \
+      run<BFloat16>(args);                 \
+      break;                               \
+    case DType::kFloat16:                  \
+      run<Float16>(args);                  \
+      break;                               \
   }
 
 }  // namespace HELIOS_ISA

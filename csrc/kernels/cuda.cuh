@@ -1,4 +1,5 @@
-// Shared by the CUDA twins. Compiled with -fmad=false, so that products and sums round as the reference's do.
+// Shared by the CUDA twins. Compiled with -fmad=false, so that products and sums round as the
+// reference's do.
 
 #pragma once
 
@@ -51,7 +52,9 @@ __device__ __forceinline__ T* row_at(const Rows& rows, std::int64_t batch, std::
   return static_cast<T*>(rows.data) + batch * rows.batch_stride + row * rows.row_stride;
 }
 
-// Sixteen bytes at a time. A struct assigned as a whole would compile to 32-bit accesses, hence the copies through uint4.
+// Sixteen bytes at a time. A struct assigned as a whole would compile to 32-bit accesses, hence the
+// copy through uint4; and the compiler splits some stores of a uint4 into words, hence the
+// instruction by name.
 template <typename T>
 struct Vector {
   static constexpr int kSize = 16 / sizeof(T);
@@ -69,9 +72,11 @@ struct Vector {
     T parts[kSize];
 #pragma unroll
     for (int i = 0; i < kSize; ++i) parts[i] = from_float<T>(values[i]);
-    uint4 bits;
-    memcpy(&bits, parts, sizeof bits);
-    *reinterpret_cast<uint4*>(to) = bits;
+    std::uint32_t words[4];
+    memcpy(words, parts, sizeof words);
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
+                 "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+                 : "memory");
   }
 };
 
@@ -107,12 +112,14 @@ inline bool is_aligned(const void* x) { return reinterpret_cast<std::uintptr_t>(
 
 // True where every row starts on sixteen bytes.
 inline bool has_aligned_rows(const Rows& rows, std::int64_t element_size) {
-  return is_aligned(rows.data) && rows.batch_stride * element_size % 16 == 0 && rows.row_stride * element_size % 16 == 0;
+  return is_aligned(rows.data) && rows.batch_stride * element_size % 16 == 0 &&
+         rows.row_stride * element_size % 16 == 0;
 }
 
 inline int finish() { return static_cast<int>(cudaGetLastError()); }
 
-constexpr int kMaxGridBlocks = 1 << 20;  // kernels stride over what a grid of this size does not cover
+constexpr int kMaxGridBlocks =
+    1 << 20;  // kernels stride over what a grid of this size does not cover
 
 inline int grid_for(std::int64_t items) {
   return static_cast<int>(items < kMaxGridBlocks ? items : kMaxGridBlocks);

@@ -1,4 +1,5 @@
-// Which instruction set the CPU twins use, decided once. HELIOS_CPU_ISA=baseline|avx2|avx512 asks for a lesser one.
+// Which instruction set the CPU twins use, decided once. HELIOS_CPU_ISA=baseline|avx2|avx512 asks
+// for a lesser one.
 
 #include <cstdlib>
 #include <cstring>
@@ -23,7 +24,8 @@ Isa best() {
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
     return Isa::kAvx512;
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c")) {
     return Isa::kAvx2;
   }
 #endif
@@ -51,17 +53,26 @@ const char* cpu_isa() noexcept {
 }
 
 #ifdef HELIOS_X86
-#define HELIOS_DISPATCH(op, Args)                                            \
-  namespace baseline { void op(const Args& args) noexcept; }                 \
-  namespace avx2 { void op(const Args& args) noexcept; }                     \
-  namespace avx512 { void op(const Args& args) noexcept; }                   \
-  void op##_cpu(const Args& args) noexcept {                                 \
-    isa() == Isa::kAvx512 ? avx512::op(args)                                 \
-                          : isa() == Isa::kAvx2 ? avx2::op(args) : baseline::op(args); \
+#define HELIOS_DISPATCH(op, Args)               \
+  namespace baseline {                          \
+  void op(const Args& args) noexcept;           \
+  }                                             \
+  namespace avx2 {                              \
+  void op(const Args& args) noexcept;           \
+  }                                             \
+  namespace avx512 {                            \
+  void op(const Args& args) noexcept;           \
+  }                                             \
+  void op##_cpu(const Args& args) noexcept {    \
+    isa() == Isa::kAvx512 ? avx512::op(args)    \
+    : isa() == Isa::kAvx2 ? avx2::op(args)      \
+                          : baseline::op(args); \
   }
 #else
-#define HELIOS_DISPATCH(op, Args)                            \
-  namespace baseline { void op(const Args& args) noexcept; } \
+#define HELIOS_DISPATCH(op, Args)     \
+  namespace baseline {                \
+  void op(const Args& args) noexcept; \
+  }                                   \
   void op##_cpu(const Args& args) noexcept { baseline::op(args); }
 #endif
 

@@ -6,8 +6,9 @@
 
 namespace helios {
 
-// out = alpha * x, each element repeated over 2 x 2, plus beta * noise; the noise of a 2 x 2 block is factor * draws, rounded
-// to noise_dtype. Each product is rounded to its operand's dtype and the sum to the wider one, as torch promotes them.
+// out = alpha * x, each element repeated over 2 x 2, plus beta * noise; the noise of a 2 x 2 block
+// is factor * draws, rounded to noise_dtype. Each product is rounded to its operand's dtype and the
+// sum to the wider one, as torch promotes them.
 struct UpsampleRenoise {
   const void* x;        // [planes, rows, columns] of x_dtype
   const float* draws;   // [planes, rows, columns, 4]
@@ -18,8 +19,9 @@ struct UpsampleRenoise {
   DType x_dtype, noise_dtype;
 };
 
-// out = negative + scale * (positive - negative), rounded after every operation; with zero_star the negative branch is first
-// multiplied by <positive, negative> / (|negative|^2 + 1e-8) of its sample, summed in a fixed order in float64.
+// out = negative + scale * (positive - negative), rounded after every operation; with zero_star the
+// negative branch is first multiplied by <positive, negative> / (|negative|^2 + 1e-8) of its
+// sample, summed in a fixed order in float64.
 struct CfgCombine {
   const void* positive;  // [batch, count] of dtype
   const void* negative;

@@ -12,7 +12,8 @@ void upsample(const UpsampleRenoise& args) {
   for (int64_t line = 0; line < total; ++line) {
     for (int64_t column = 0; column < args.columns; ++column) {
       const int64_t index = line * args.columns + column;
-      const float x = to_float(from_float<X>(args.alpha * to_float(static_cast<const X*>(args.x)[index])));
+      const float x =
+          to_float(from_float<X>(args.alpha * to_float(static_cast<const X*>(args.x)[index])));
       const float* draw = args.draws + 4 * index;
       for (int place = 0; place < 4; ++place) {
         const float* row = args.factor + 4 * place;
@@ -63,10 +64,12 @@ void combine(const CfgCombine& args) {
     const T* positive = static_cast<const T*>(args.positive) + sample * args.count;
     const T* negative = static_cast<const T*>(args.negative) + sample * args.count;
     T* out = static_cast<T*>(args.out) + sample * args.count;
-    const float factor = args.zero_star ? to_float(from_float<T>(projection<T>(args, sample))) : 1.0f;
+    const float factor =
+        args.zero_star ? to_float(from_float<T>(projection<T>(args, sample))) : 1.0f;
 #pragma omp parallel for simd schedule(static)
     for (int64_t i = 0; i < args.count; ++i) {
-      const float base = args.zero_star ? to_float(from_float<T>(to_float(negative[i]) * factor)) : to_float(negative[i]);
+      const float base = args.zero_star ? to_float(from_float<T>(to_float(negative[i]) * factor))
+                                        : to_float(negative[i]);
       const float difference = to_float(from_float<T>(to_float(positive[i]) - base));
       out[i] = from_float<T>(base + to_float(from_float<T>(args.scale * difference)));
     }
@@ -75,7 +78,9 @@ void combine(const CfgCombine& args) {
 
 }  // namespace
 
-void upsample_renoise(const UpsampleRenoise& args) noexcept { HELIOS_FOR_DTYPE(args.noise_dtype, upsample_to, args) }
+void upsample_renoise(const UpsampleRenoise& args) noexcept {
+  HELIOS_FOR_DTYPE(args.noise_dtype, upsample_to, args)
+}
 void cfg_combine(const CfgCombine& args) noexcept { HELIOS_FOR_DTYPE(args.dtype, combine, args) }
 
 }  // namespace HELIOS_ISA

@@ -32,7 +32,8 @@ __global__ void __launch_bounds__(kThreads) upsample(const UpsampleRenoise args)
 
 template <typename N>
 int run_upsample(const UpsampleRenoise& args, cudaStream_t stream) {
-  if (!is_aligned(args.draws) || !is_aligned(args.factor)) return static_cast<int>(cudaErrorMisalignedAddress);
+  if (!is_aligned(args.draws) || !is_aligned(args.factor))
+    return static_cast<int>(cudaErrorMisalignedAddress);
   const int blocks = blocks_for(args.planes * args.rows * args.columns);
   if (args.x_dtype == DType::kFloat32) {
     upsample<float, N, float><<<blocks, kThreads, 0, stream>>>(args);

@@ -1,4 +1,5 @@
-// Latents to the operands of the patch projections, and output rows back to latents with the solver's step taken on the way.
+// Latents to the operands of the patch projections, and output rows back to latents with the
+// solver's step taken on the way.
 
 #pragma once
 
@@ -11,8 +12,8 @@ struct Latents {
   std::int64_t strides[5];  // batch, channel, frame, row, column, in elements
 };
 
-// rows[b][i] = patch first_row + i, elements in (channel, t, h, w) order. A latent whose size is no multiple of the kernel is
-// continued by repeating its last frame, row or column.
+// rows[b][i] = patch first_row + i, elements in (channel, t, h, w) order. A latent whose size is no
+// multiple of the kernel is continued by repeating its last frame, row or column.
 struct PatchGather {
   Latents latents;
   void* rows;  // [batch, num_rows, channels * t * h * w], contiguous
@@ -24,12 +25,14 @@ struct PatchGather {
 
 constexpr int kMaxHistory = 4;
 
-// One step of a solver. The velocity comes as output rows [batch, tokens, pt * ph * pw * channels], channel fastest; latents
-// and outputs are contiguous [batch, channels, frames, rows, columns]. velocity may be null: it is zero then.
+// One step of a solver. The velocity comes as output rows [batch, tokens, pt * ph * pw * channels],
+// channel fastest; latents and outputs are contiguous [batch, channels, frames, rows, columns].
+// velocity may be null: it is zero then.
 struct SolverStep {
   enum class Rule : int {
     kEuler = 0,  // out = x + scale * v, in float32
-    kDmd = 1,    // x0 = dtype(x - sigma * v) in float64; out = x0, or (1 - scale) * x0 + scale * start in float64
+    kDmd = 1,    // x0 = dtype(x - sigma * v) in float64; out = x0, or (1 - scale) * x0 + scale *
+                 // start in float64
     kUniPC = 2,  // see below, in float32
   };
   Rule rule;
@@ -38,12 +41,13 @@ struct SolverStep {
   void* out;             // of out_dtype
   const void* start;     // kDmd: of out_dtype, or null at a stage's last step
   double sigma, scale;
-  // kUniPC: x0 = x - sigma * v; base = x, or correct_base * previous_base + sum correct[i] * history[i] + correct_current * x0;
-  // out = predict_base * base + predict[0] * x0 + sum predict[i + 1] * history[i]. x0 and base are written for the next step.
+  // kUniPC: x0 = x - sigma * v; base = x, or correct_base * previous_base + sum correct[i] *
+  // history[i] + correct_current * x0; out = predict_base * base + predict[0] * x0 + sum predict[i
+  // + 1] * history[i]. x0 and base are written for the next step.
   float* x0;
   float* base;
-  const float* previous_base;           // null without a corrector
-  const float* history[kMaxHistory];    // x0 of earlier steps, newest first
+  const float* previous_base;         // null without a corrector
+  const float* history[kMaxHistory];  // x0 of earlier steps, newest first
   float correct[kMaxHistory], predict[kMaxHistory + 1];
   float correct_base, correct_current, predict_base;
   int num_history;

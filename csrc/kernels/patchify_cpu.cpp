@@ -23,7 +23,8 @@ void gather(const PatchGather& args) {
 #pragma omp parallel for schedule(static)
   for (int64_t index = 0; index < total; ++index) {
     const int64_t batch = index / args.num_rows, row = args.first_row + index % args.num_rows;
-    const int64_t frame0 = row / (rows * columns) * t, row0 = row / columns % rows * h, column0 = row % columns * w;
+    const int64_t frame0 = row / (rows * columns) * t, row0 = row / columns % rows * h,
+                  column0 = row % columns * w;
     const In* sample = static_cast<const In*>(args.latents.data) + batch * strides[0];
     Out* out = static_cast<Out*>(args.rows) + index * length;
     for (int64_t c = 0; c < args.channels; ++c) {
@@ -48,10 +49,12 @@ void step(const SolverStep& args) {
   const int64_t planes = args.batch * args.channels * frames;
 #pragma omp parallel for schedule(static)
   for (int64_t plane = 0; plane < planes; ++plane) {
-    const int64_t t = plane % frames, c = plane / frames % args.channels, b = plane / (frames * args.channels);
+    const int64_t t = plane % frames, c = plane / frames % args.channels,
+                  b = plane / (frames * args.channels);
     for (int64_t y = 0; y < rows; ++y) {
       for (int64_t x = 0; x < columns; ++x) {
-        step_element<V, L, O>(args, (plane * rows + y) * columns + x, velocity_at<V>(args, b, c, t, y, x));
+        step_element<V, L, O>(args, (plane * rows + y) * columns + x,
+                              velocity_at<V>(args, b, c, t, y, x));
       }
     }
   }
@@ -83,8 +86,12 @@ void step_from(const SolverStep& args) {
 
 }  // namespace
 
-void patch_gather(const PatchGather& args) noexcept { HELIOS_FOR_DTYPE(args.latents_dtype, gather_from, args) }
-void solver_step(const SolverStep& args) noexcept { HELIOS_FOR_DTYPE(args.velocity_dtype, step_from, args) }
+void patch_gather(const PatchGather& args) noexcept {
+  HELIOS_FOR_DTYPE(args.latents_dtype, gather_from, args)
+}
+void solver_step(const SolverStep& args) noexcept {
+  HELIOS_FOR_DTYPE(args.velocity_dtype, step_from, args)
+}
 
 }  // namespace HELIOS_ISA
 }  // namespace helios

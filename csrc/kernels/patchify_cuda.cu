@@ -24,13 +24,16 @@ __global__ void __launch_bounds__(kThreads) gather(const PatchGather args) {
        i += static_cast<int64_t>(gridDim.x) * kThreads) {
     const int64_t place = i % length, index = i / length;
     const int64_t batch = index / args.num_rows, row = args.first_row + index % args.num_rows;
-    const int64_t c = place / (t * h * w), dt = place / (h * w) % t, dh = place / w % h, dw = place % w;
+    const int64_t c = place / (t * h * w), dt = place / (h * w) % t, dh = place / w % h,
+                  dw = place % w;
     const int64_t frame = min(row / (rows * columns) * t + dt, args.size[0] - 1);
     const int64_t y = min(row / columns % rows * h + dh, args.size[1] - 1);
     const int64_t x = min(row % columns * w + dw, args.size[2] - 1);
     const int64_t* strides = args.latents.strides;
-    const int64_t from = batch * strides[0] + c * strides[1] + frame * strides[2] + y * strides[3] + x * strides[4];
-    static_cast<Out*>(args.rows)[i] = from_float<Out>(to_float(static_cast<const In*>(args.latents.data)[from]));
+    const int64_t from =
+        batch * strides[0] + c * strides[1] + frame * strides[2] + y * strides[3] + x * strides[4];
+    static_cast<Out*>(args.rows)[i] =
+        from_float<Out>(to_float(static_cast<const In*>(args.latents.data)[from]));
   }
 }
 
@@ -41,7 +44,8 @@ __global__ void __launch_bounds__(kThreads) step(const SolverStep args) {
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < total;
        i += static_cast<int64_t>(gridDim.x) * kThreads) {
     const int64_t x = i % columns, y = i / columns % rows, t = i / (columns * rows) % frames;
-    const int64_t c = i / (columns * rows * frames) % args.channels, b = i / (columns * rows * frames * args.channels);
+    const int64_t c = i / (columns * rows * frames) % args.channels,
+                  b = i / (columns * rows * frames * args.channels);
     step_element<V, L, O>(args, i, velocity_at<V>(args, b, c, t, y, x));
   }
 }
@@ -75,8 +79,10 @@ int step_to(const SolverStep& args, cudaStream_t stream) {
 
 template <typename V>
 int run_step(const SolverStep& args, cudaStream_t stream) {
-  const bool wide_in = args.latents_dtype == DType::kFloat32, wide_out = args.out_dtype == DType::kFloat32;
-  if (wide_in) return wide_out ? step_to<V, float, float>(args, stream) : step_to<V, float, V>(args, stream);
+  const bool wide_in = args.latents_dtype == DType::kFloat32,
+             wide_out = args.out_dtype == DType::kFloat32;
+  if (wide_in)
+    return wide_out ? step_to<V, float, float>(args, stream) : step_to<V, float, V>(args, stream);
   return wide_out ? step_to<V, V, float>(args, stream) : step_to<V, V, V>(args, stream);
 }
 

@@ -1,13 +1,16 @@
-// One element of a solver's step, the same on the CPU and on a GPU. Needs to_float, from_float and HELIOS_DEVICE.
+// One element of a solver's step, the same on the CPU and on a GPU. Needs to_float, from_float and
+// HELIOS_DEVICE.
 
 template <typename V>
-HELIOS_DEVICE inline float velocity_at(const SolverStep& args, int64_t b, int64_t c, int64_t t, int64_t y, int64_t x) {
+HELIOS_DEVICE inline float velocity_at(const SolverStep& args, int64_t b, int64_t c, int64_t t,
+                                       int64_t y, int64_t x) {
   if (args.velocity == nullptr) return 0.0f;
   const int64_t pt = args.patch[0], ph = args.patch[1], pw = args.patch[2];
   const int64_t rows = args.size[1] / ph, columns = args.size[2] / pw;
   const int64_t token = ((b * (args.size[0] / pt) + t / pt) * rows + y / ph) * columns + x / pw;
   const int64_t place = ((t % pt) * ph + y % ph) * pw + x % pw;
-  return to_float(static_cast<const V*>(args.velocity)[(token * pt * ph * pw + place) * args.channels + c]);
+  return to_float(
+      static_cast<const V*>(args.velocity)[(token * pt * ph * pw + place) * args.channels + c]);
 }
 
 template <typename V, typename L, typename O>

@@ -17,13 +17,15 @@ float inverse_rms(const T* x, int64_t width, float eps) {
 
 // One head's elements: x -> out, normalised, turned and scaled. x and out may be the same.
 template <typename T>
-void turn_head(const T* x, T* out, const T* weight, float scale, const float* rotation, float amplify, int64_t head_dim) {
+void turn_head(const T* x, T* out, const T* weight, float scale, const float* rotation,
+               float amplify, int64_t head_dim) {
   float normed[kChunk];
   for (int64_t start = 0; start < head_dim; start += kChunk) {
     const int64_t count = head_dim - start < kChunk ? head_dim - start : kChunk;
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) {
-      normed[i] = to_float(from_float<T>(to_float(x[start + i]) * scale * to_float(weight[start + i])));
+      normed[i] =
+          to_float(from_float<T>(to_float(x[start + i]) * scale * to_float(weight[start + i])));
     }
     const float* turns = rotation + start;
 #pragma omp simd
@@ -53,7 +55,8 @@ void finish_row(const QkRmsnormRope& args, int64_t batch, int64_t row) {
     const float scale = part == 2 ? 1.0f : inverse_rms(x, args.width, args.eps);
     const bool amplified = part == 1 && args.history_scale != nullptr && row < args.num_history;
     int destination = 0;
-    int64_t first_head = 0, before = 0;  // of this destination; elements before its part of the buffer
+    int64_t first_head = 0,
+            before = 0;  // of this destination; elements before its part of the buffer
     for (int64_t head = 0; head < num_heads; ++head) {
       T* out = x + head * args.head_dim;
       if (args.packed != nullptr) {
@@ -80,7 +83,8 @@ template <typename T>
 void run(const QkRmsnormRope& args) {
   const int64_t total = args.batch * args.rows;
 #pragma omp parallel for schedule(static)
-  for (int64_t index = 0; index < total; ++index) finish_row<T>(args, index / args.rows, index % args.rows);
+  for (int64_t index = 0; index < total; ++index)
+    finish_row<T>(args, index / args.rows, index % args.rows);
 }
 
 template <typename T>
@@ -92,7 +96,8 @@ void run_rows(const RmsnormRows& args) {
     T* x = row_at<T>(args.x, index / args.rows, index % args.rows);
     const float scale = inverse_rms(x, args.width, args.eps);
 #pragma omp simd
-    for (int64_t i = 0; i < args.width; ++i) x[i] = from_float<T>(to_float(x[i]) * scale * to_float(weight[i]));
+    for (int64_t i = 0; i < args.width; ++i)
+      x[i] = from_float<T>(to_float(x[i]) * scale * to_float(weight[i]));
   }
 }
 

@@ -1,5 +1,5 @@
-// x' = x + y * gate, and h = LayerNorm(x') * weight + bias, each row by the rows of its segment: the first num_history rows of
-// every sample take row 0 of gate, weight and bias, the others row 1.
+// x' = x + y * gate, and h = LayerNorm(x') * weight + bias, each row by the rows of its segment:
+// the first num_history rows of every sample take row 0 of gate, weight and bias, the others row 1.
 
 #pragma once
 
@@ -21,8 +21,10 @@ struct ResidualGateNorm {
   DType dtype;  // of x, y and out
 };
 
-// Roundings: the product and the sum in float32, x' to dtype; mean and variance of the rounded x' in float32; h once.
+// Roundings: the product and the sum in float32, x' to dtype; mean and variance of the rounded x'
+// in float32; h once.
 void residual_gate_norm_cpu(const ResidualGateNorm& args) noexcept;
-int residual_gate_norm_cuda(const ResidualGateNorm& args, void* stream) noexcept;  // enqueues; returns cudaError_t
+int residual_gate_norm_cuda(const ResidualGateNorm& args,
+                            void* stream) noexcept;  // enqueues; returns cudaError_t
 
 }  // namespace helios

@@ -13,11 +13,13 @@ void add_row(T* x, const T* y, const float* gate, int64_t width) {
     return;
   }
 #pragma omp simd
-  for (int64_t i = 0; i < width; ++i) x[i] = from_float<T>(to_float(x[i]) + to_float(y[i]) * gate[i]);
+  for (int64_t i = 0; i < width; ++i)
+    x[i] = from_float<T>(to_float(x[i]) + to_float(y[i]) * gate[i]);
 }
 
 template <typename T>
-void norm_row(const T* x, T* out, const float* weight, const float* bias, int64_t width, float eps) {
+void norm_row(const T* x, T* out, const float* weight, const float* bias, int64_t width,
+              float eps) {
   float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < width; ++i) sum += to_float(x[i]);
@@ -56,7 +58,9 @@ void run(const ResidualGateNorm& args) {
 
 }  // namespace
 
-void residual_gate_norm(const ResidualGateNorm& args) noexcept { HELIOS_FOR_DTYPE(args.dtype, run, args) }
+void residual_gate_norm(const ResidualGateNorm& args) noexcept {
+  HELIOS_FOR_DTYPE(args.dtype, run, args)
+}
 
 }  // namespace HELIOS_ISA
 }  // namespace helios

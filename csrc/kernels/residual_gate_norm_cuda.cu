@@ -6,9 +6,11 @@ namespace {
 
 constexpr int kThreads = 320;  // 5120 elements are two vectors of eight 16-bit numbers each
 
-// One block per row. kVectors > 0: the row is exactly kThreads * kVectors vectors and stays in registers.
+// One block per row. kVectors > 0: the row is exactly kThreads * kVectors vectors and stays in
+// registers.
 template <typename T, int kVectors>
-__global__ void __launch_bounds__(kThreads) residual_gate_norm_registers(const ResidualGateNorm args) {
+__global__ void __launch_bounds__(kThreads)
+    residual_gate_norm_registers(const ResidualGateNorm args) {
   __shared__ float scratch[33];
   constexpr int kSize = Vector<T>::kSize;
   const std::int64_t total = args.batch * args.rows;
@@ -28,9 +30,11 @@ __global__ void __launch_bounds__(kThreads) residual_gate_norm_registers(const R
         float gate[kSize];
 #pragma unroll
         for (int i = 0; i < kSize; ++i) gate[i] = 1.0f;
-        if (args.gate != nullptr) load_floats<kSize>(gate, args.gate + segment * args.gate_stride + start);
+        if (args.gate != nullptr)
+          load_floats<kSize>(gate, args.gate + segment * args.gate_stride + start);
 #pragma unroll
-        for (int i = 0; i < kSize; ++i) x[v].values[i] = rounded<T>(x[v].values[i] + y.values[i] * gate[i]);
+        for (int i = 0; i < kSize; ++i)
+          x[v].values[i] = rounded<T>(x[v].values[i] + y.values[i] * gate[i]);
         x[v].store(x_row + start);
       }
 #pragma unroll
@@ -47,7 +51,8 @@ __global__ void __launch_bounds__(kThreads) residual_gate_norm_registers(const R
         squares += distance * distance;
       }
     }
-    const float inverse_std = rsqrtf(block_sum(squares, scratch) / static_cast<float>(args.width) + args.eps);
+    const float inverse_std =
+        rsqrtf(block_sum(squares, scratch) / static_cast<float>(args.width) + args.eps);
     T* out = row_at<T>(args.out, batch, row);
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
@@ -57,7 +62,8 @@ __global__ void __launch_bounds__(kThreads) residual_gate_norm_registers(const R
       load_floats<kSize>(bias, args.bias + segment * args.bias_stride + start);
       Vector<T> h;
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) h.values[i] = (x[v].values[i] - mean) * inverse_std * weight[i] + bias[i];
+      for (int i = 0; i < kSize; ++i)
+        h.values[i] = (x[v].values[i] - mean) * inverse_std * weight[i] + bias[i];
       h.store(out + start);
     }
   }
@@ -90,7 +96,8 @@ __global__ void __launch_bounds__(kThreads) residual_gate_norm_any(const Residua
       const float distance = to_float(x[i]) - mean;
       squares += distance * distance;
     }
-    const float inverse_std = rsqrtf(block_sum(squares, scratch) / static_cast<float>(args.width) + args.eps);
+    const float inverse_std =
+        rsqrtf(block_sum(squares, scratch) / static_cast<float>(args.width) + args.eps);
     T* out = row_at<T>(args.out, batch, row);
     for (std::int64_t i = threadIdx.x; i < args.width; i += kThreads) {
       const float weight = args.weight[segment * args.weight_stride + i];
@@ -103,12 +110,13 @@ __global__ void __launch_bounds__(kThreads) residual_gate_norm_any(const Residua
 template <typename T>
 bool fits_vectors(const ResidualGateNorm& args) {
   constexpr int kVectors = 5120 / kThreads / Vector<T>::kSize;
-  bool fits = args.width == kThreads * kVectors * Vector<T>::kSize && has_aligned_rows(args.x, sizeof(T));
+  bool fits =
+      args.width == kThreads * kVectors * Vector<T>::kSize && has_aligned_rows(args.x, sizeof(T));
   if (args.y.data != nullptr) fits = fits && has_aligned_rows(args.y, sizeof(T));
   if (args.gate != nullptr) fits = fits && is_aligned(args.gate) && args.gate_stride % 4 == 0;
   if (args.out.data != nullptr) {
-    fits = fits && has_aligned_rows(args.out, sizeof(T)) && is_aligned(args.weight) && is_aligned(args.bias) &&
-           args.weight_stride % 4 == 0 && args.bias_stride % 4 == 0;
+    fits = fits && has_aligned_rows(args.out, sizeof(T)) && is_aligned(args.weight) &&
+           is_aligned(args.bias) && args.weight_stride % 4 == 0 && args.bias_stride % 4 == 0;
   }
   return fits;
 }

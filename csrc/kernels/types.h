@@ -8,7 +8,8 @@ namespace helios {
 
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
-// Rows of a tensor [batch, rows, width]: where a row begins, in elements. Elements of a row lie side by side.
+// Rows of a tensor [batch, rows, width]: where a row begins, in elements. Elements of a row lie
+// side by side.
 struct Rows {
   void* data;
   std::int64_t batch_stride, row_stride;

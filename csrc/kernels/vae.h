@@ -1,5 +1,5 @@
-// Around the autoencoder's convolutions. Pictures are channels last: [batch, frames, rows, columns, channels], channels side
-// by side.
+// Around the autoencoder's convolutions. Pictures are channels last: [batch, frames, rows, columns,
+// channels], channels side by side.
 
 #pragma once
 
@@ -12,8 +12,9 @@ struct Pictures {
   std::int64_t strides[4];  // batch, frame, row, column, in elements
 };
 
-// out = silu(x / max(|x|, 1e-12) * sqrt(channels) * gamma), |x| over channels. out may lie inside a larger buffer: behind the
-// past frames of a causal convolution's input, say. 16-bit results are rounded after every product, as torch's own chain.
+// out = silu(x / max(|x|, 1e-12) * sqrt(channels) * gamma), |x| over channels. out may lie inside a
+// larger buffer: behind the past frames of a causal convolution's input, say. 16-bit results are
+// rounded after every product, as torch's own chain.
 struct ChannelNormSilu {
   Pictures x, out;
   const void* gamma;  // [channels] of dtype

@@ -5,7 +5,6 @@ namespace helios {
 namespace HELIOS_ISA {
 namespace {
 
-
 inline int64_t offset(const int64_t* strides, int64_t batch, int64_t frame, int64_t row) {
   return batch * strides[0] + frame * strides[1] + row * strides[2];
 }
@@ -56,12 +55,13 @@ void norm(const ChannelNormSilu& args) {
   const int64_t lines = args.batch * args.frames * args.rows;
 #pragma omp parallel for schedule(static)
   for (int64_t line = 0; line < lines; ++line) {
-    const int64_t row = line % args.rows, frame = line / args.rows % args.frames, batch = line / (args.rows * args.frames);
+    const int64_t row = line % args.rows, frame = line / args.rows % args.frames,
+                  batch = line / (args.rows * args.frames);
     const T* x = static_cast<const T*>(args.x.data) + offset(args.x.strides, batch, frame, row);
     T* out = static_cast<T*>(args.out.data) + offset(args.out.strides, batch, frame, row);
     for (int64_t column = 0; column < args.columns; ++column) {
-      norm_pixel(x + column * args.x.strides[3], out + column * args.out.strides[3], static_cast<const T*>(args.gamma),
-                 args.channels, root, args.silu);
+      norm_pixel(x + column * args.x.strides[3], out + column * args.out.strides[3],
+                 static_cast<const T*>(args.gamma), args.channels, root, args.silu);
     }
   }
 }
@@ -72,17 +72,21 @@ void add(const BiasResidual& args) {
   const int64_t lines = args.batch * args.frames * args.rows;
 #pragma omp parallel for schedule(static)
   for (int64_t line = 0; line < lines; ++line) {
-    const int64_t row = line % args.rows, frame = line / args.rows % args.frames, batch = line / (args.rows * args.frames);
+    const int64_t row = line % args.rows, frame = line / args.rows % args.frames,
+                  batch = line / (args.rows * args.frames);
     for (int64_t column = 0; column < args.columns; ++column) {
-      T* x = static_cast<T*>(args.x.data) + offset(args.x.strides, batch, frame, row) + column * args.x.strides[3];
+      T* x = static_cast<T*>(args.x.data) + offset(args.x.strides, batch, frame, row) +
+             column * args.x.strides[3];
       const T* residual = nullptr;
       if (args.residual.data != nullptr) {
-        residual = static_cast<const T*>(args.residual.data) + offset(args.residual.strides, batch, frame, row) +
+        residual = static_cast<const T*>(args.residual.data) +
+                   offset(args.residual.strides, batch, frame, row) +
                    column * args.residual.strides[3];
       }
 #pragma omp simd
       for (int64_t c = 0; c < args.channels; ++c) {
-        const float added = (bias == nullptr ? 0.0f : to_float(bias[c])) + (residual == nullptr ? 0.0f : to_float(residual[c]));
+        const float added = (bias == nullptr ? 0.0f : to_float(bias[c])) +
+                            (residual == nullptr ? 0.0f : to_float(residual[c]));
         x[c] = from_float<T>(to_float(x[c]) + added);
       }
     }
@@ -96,8 +100,10 @@ void upsample_nearest(const UpsampleNearest& args) noexcept {
   const int64_t lines = args.batch * args.frames * args.rows;
 #pragma omp parallel for schedule(static)
   for (int64_t line = 0; line < lines; ++line) {
-    const int64_t row = line % args.rows, frame = line / args.rows % args.frames, batch = line / (args.rows * args.frames);
-    const char* x = static_cast<const char*>(args.x.data) + offset(args.x.strides, batch, frame, row) * args.element_size;
+    const int64_t row = line % args.rows, frame = line / args.rows % args.frames,
+                  batch = line / (args.rows * args.frames);
+    const char* x = static_cast<const char*>(args.x.data) +
+                    offset(args.x.strides, batch, frame, row) * args.element_size;
     for (int64_t twice = 0; twice < 2; ++twice) {
       char* out = static_cast<char*>(args.out.data) +
                   offset(args.out.strides, batch, frame, 2 * row + twice) * args.element_size;
@@ -109,7 +115,9 @@ void upsample_nearest(const UpsampleNearest& args) noexcept {
   }
 }
 
-void channel_norm_silu(const ChannelNormSilu& args) noexcept { HELIOS_FOR_DTYPE(args.dtype, norm, args) }
+void channel_norm_silu(const ChannelNormSilu& args) noexcept {
+  HELIOS_FOR_DTYPE(args.dtype, norm, args)
+}
 void bias_residual(const BiasResidual& args) noexcept { HELIOS_FOR_DTYPE(args.dtype, add, args) }
 
 }  // namespace HELIOS_ISA

@@ -13,12 +13,15 @@ struct Place {
   int64_t batch, frame, row, column;
 };
 
-__device__ __forceinline__ Place place_of(int64_t pixel, int64_t frames, int64_t rows, int64_t columns) {
-  return {pixel / (columns * rows * frames), pixel / (columns * rows) % frames, pixel / columns % rows, pixel % columns};
+__device__ __forceinline__ Place place_of(int64_t pixel, int64_t frames, int64_t rows,
+                                          int64_t columns) {
+  return {pixel / (columns * rows * frames), pixel / (columns * rows) % frames,
+          pixel / columns % rows, pixel % columns};
 }
 
 __device__ __forceinline__ int64_t offset(const Pictures& x, const Place& at) {
-  return at.batch * x.strides[0] + at.frame * x.strides[1] + at.row * x.strides[2] + at.column * x.strides[3];
+  return at.batch * x.strides[0] + at.frame * x.strides[1] + at.row * x.strides[2] +
+         at.column * x.strides[3];
 }
 
 template <typename T>
@@ -32,7 +35,8 @@ __device__ __forceinline__ float normed(float x, float gamma, float norm, float 
   return silu ? value / (1.0f + expf(-value)) : value;
 }
 
-// One warp per pixel. kVectors > 0: a lane holds up to so many vectors, and channels are a multiple of a vector's size.
+// One warp per pixel. kVectors > 0: a lane holds up to so many vectors, and channels are a multiple
+// of a vector's size.
 template <typename T, int kVectors>
 __global__ void __launch_bounds__(kThreads) norm_vectors(const ChannelNormSilu args, float root) {
   constexpr int kSize = Vector<T>::kSize;
@@ -64,7 +68,8 @@ __global__ void __launch_bounds__(kThreads) norm_vectors(const ChannelNormSilu a
         Vector<T> gamma;
         gamma.load(static_cast<const T*>(args.gamma) + start);
 #pragma unroll
-        for (int i = 0; i < kSize; ++i) x[v].values[i] = normed<T>(x[v].values[i], gamma.values[i], norm, root, args.silu);
+        for (int i = 0; i < kSize; ++i)
+          x[v].values[i] = normed<T>(x[v].values[i], gamma.values[i], norm, root, args.silu);
         x[v].store(to + start);
       }
     }
@@ -81,13 +86,15 @@ __global__ void __launch_bounds__(kThreads) norm_any(const ChannelNormSilu args,
     const T* from = static_cast<const T*>(args.x.data) + offset(args.x, at);
     T* to = static_cast<T*>(args.out.data) + offset(args.out, at);
     float squares = 0.0f;
-    for (int64_t c = lane; c < args.channels; c += 32) squares += to_float(from[c]) * to_float(from[c]);
+    for (int64_t c = lane; c < args.channels; c += 32)
+      squares += to_float(from[c]) * to_float(from[c]);
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) squares += __shfl_xor_sync(0xffffffffu, squares, step);
     const float norm = fmaxf(sqrtf(squares), 1e-12f);
     const T* gamma = static_cast<const T*>(args.gamma);
     for (int64_t c = lane; c < args.channels; c += 32) {
-      to[c] = from_float<T>(normed<T>(to_float(from[c]), to_float(gamma[c]), norm, root, args.silu));
+      to[c] =
+          from_float<T>(normed<T>(to_float(from[c]), to_float(gamma[c]), norm, root, args.silu));
     }
   }
 }
@@ -100,11 +107,14 @@ __global__ void __launch_bounds__(kThreads) upsample(const UpsampleNearest args,
        i += static_cast<int64_t>(gridDim.x) * kThreads) {
     const int64_t unit = i % units;
     Place at = place_of(i / units, args.frames, args.rows, args.columns);
-    const char* from = static_cast<const char*>(args.x.data) + offset(args.x, at) * args.element_size;
+    const char* from =
+        static_cast<const char*>(args.x.data) + offset(args.x, at) * args.element_size;
     const Unit value = *reinterpret_cast<const Unit*>(from + unit * kBytes);
     at.row *= 2, at.column *= 2;
-    char* to = static_cast<char*>(args.out.data) + offset(args.out, at) * args.element_size + unit * kBytes;
-    const int64_t down = args.out.strides[2] * args.element_size, right = args.out.strides[3] * args.element_size;
+    char* to = static_cast<char*>(args.out.data) + offset(args.out, at) * args.element_size +
+               unit * kBytes;
+    const int64_t down = args.out.strides[2] * args.element_size,
+                  right = args.out.strides[3] * args.element_size;
     *reinterpret_cast<Unit*>(to) = value;
     *reinterpret_cast<Unit*>(to + right) = value;
     *reinterpret_cast<Unit*>(to + down) = value;
@@ -120,7 +130,8 @@ __global__ void __launch_bounds__(kThreads) add(const BiasResidual args) {
     const int64_t c = i % args.channels;
     const Place at = place_of(i / args.channels, args.frames, args.rows, args.columns);
     float added = args.bias == nullptr ? 0.0f : to_float(static_cast<const T*>(args.bias)[c]);
-    if (args.residual.data != nullptr) added += to_float(static_cast<const T*>(args.residual.data)[offset(args.residual, at) + c]);
+    if (args.residual.data != nullptr)
+      added += to_float(static_cast<const T*>(args.residual.data)[offset(args.residual, at) + c]);
     T* x = static_cast<T*>(args.x.data) + offset(args.x, at) + c;
     *x = from_float<T>(to_float(*x) + added);
   }
@@ -135,8 +146,10 @@ bool has_aligned_pixels(const Pictures& x, int64_t element_size) {
 template <typename T>
 int run_norm(const ChannelNormSilu& args, cudaStream_t stream) {
   const float root = sqrtf(static_cast<float>(args.channels));
-  const int blocks = grid_for((args.batch * args.frames * args.rows * args.columns + kWarps - 1) / kWarps);
-  const bool fits = args.channels % Vector<T>::kSize == 0 && has_aligned_pixels(args.x, sizeof(T)) &&
+  const int blocks =
+      grid_for((args.batch * args.frames * args.rows * args.columns + kWarps - 1) / kWarps);
+  const bool fits = args.channels % Vector<T>::kSize == 0 &&
+                    has_aligned_pixels(args.x, sizeof(T)) &&
                     has_aligned_pixels(args.out, sizeof(T)) && is_aligned(args.gamma);
   const int64_t vectors = (args.channels / Vector<T>::kSize + 31) / 32;
   if (fits && vectors == 1) {
@@ -172,11 +185,13 @@ int channel_norm_silu_cuda(const ChannelNormSilu& args, void* stream) noexcept {
 
 int upsample_nearest_cuda(const UpsampleNearest& args, void* stream) noexcept {
   const auto on = static_cast<cudaStream_t>(stream);
-  if (args.channels * args.element_size % 16 == 0 && has_aligned_pixels(args.x, args.element_size) &&
+  if (args.channels * args.element_size % 16 == 0 &&
+      has_aligned_pixels(args.x, args.element_size) &&
       has_aligned_pixels(args.out, args.element_size)) {
     return upsample_by<uint4>(args, on);
   }
-  return args.element_size == 4 ? upsample_by<std::uint32_t>(args, on) : upsample_by<std::uint16_t>(args, on);
+  return args.element_size == 4 ? upsample_by<std::uint32_t>(args, on)
+                                : upsample_by<std::uint16_t>(args, on);
 }
 
 int bias_residual_cuda(const BiasResidual& args, void* stream) noexcept {

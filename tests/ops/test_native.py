@@ -53,10 +53,15 @@ def same_but_for_ties(actual: Tensor, expected: Tensor) -> None:
 
     float16 keeps three bits more than bfloat16, so the last bits of a float32 sum decide eight times as often.
     """
-    allowed = {torch.float32: 1.0, torch.bfloat16: 1e-3, torch.float16: 5e-3}
+    allowed = {torch.float32: 1.0, torch.bfloat16: 1e-3, torch.float16: 1e-2}
     different = (actual != expected).double().mean()
     assert different <= allowed[actual.dtype], f"{different:.2e}"
-    torch.testing.assert_close(actual, expected, rtol=1.6e-2 if actual.dtype != torch.float32 else 1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        actual,
+        expected,
+        rtol=1.6e-2 if actual.dtype != torch.float32 else 1e-5,
+        atol=2e-3 if actual.dtype != torch.float32 else 1e-5,
+    )
 
 
 def guarded(*shape: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,137 @@
+"""Compile every CUDA source with nvcc alone, for every architecture, and hold the kernels to their resources.
+
+    python csrc/check_cuda.py [--jobs 2]
+
+No GPU and no CUDA build of torch are needed. Fails where a kernel spills or uses local memory (ptxas), and where a hot
+kernel's accesses are not 16 bytes wide (disassembly, if cuobjdump and nvdisasm are there: their names as packages are
+nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm). The CUDA side of the bindings is compiled too, not linked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).parent
+FLAGS = ["-std=c++17", "-O3", "-fmad=false"]  # as setup.py
+ARCHITECTURES = ("80", "90", "100", "120")
+# Kernels that move whole rows: their name's start, and the least number of 16-byte loads and stores to global memory.
+HOT = {
+    "residual_gate_norm_registers": (2, 2),
+    "qk_rmsnorm_rope_registers": (2, 1),
+    "rmsnorm_rows_registers": (2, 1),
+    "norm_vectors": (2, 1),
+    "unpackI5uint4": (1, 1),
+    "upsampleI5uint4": (1, 4),
+}
+
+
+def run(command: list[str]) -> str:
+    """What a command printed; SystemExit where it fails."""
+    # cuobjdump calls nvdisasm, which its own wheel puts beside it.
+    environment = {**os.environ, "PATH": f"{os.environ['PATH']}{os.pathsep}{Path(command[0]).parent}"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if result.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{result.stdout}{result.stderr}")
+    return result.stdout + result.stderr
+
+
+def problems_of_build(source: Path, architecture: str, cubin: Path) -> list[str]:
+    """Compile one source for one architecture; what ptxas says against it."""
+    printed = run(
+        ["nvcc", *FLAGS, f"-arch=sm_{architecture}", "-Xptxas", "-v", "-cubin", "-o", str(cubin), str(source)]
+    )
+    found = []
+    kernel = ""
+    for line in printed.splitlines():
+        if match := re.search(r"Function properties for (\S+)", line):
+            kernel = match[1]
+        match = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line)
+        if match and any(int(number) for number in match.groups()):
+            found.append(f"{source.name} sm_{architecture} {kernel}: {line.strip()}")
+    return found
+
+
+def problems_of_code(cubin: Path, label: str, cuobjdump: str) -> list[str]:
+    """What the disassembly says: local memory anywhere, narrow accesses in the hot kernels."""
+    found = []
+    for function in run([cuobjdump, "-sass", str(cubin)]).split("Function : ")[1:]:
+        name, code = function.split("\n", 1)
+        if re.search(r"\b(LDL|STL)\b", code):
+            found.append(f"{label} {name}: uses local memory")
+        for hot, (loads, stores) in HOT.items():
+            if hot not in name:
+                continue
+            wide = len(re.findall(r"\bLDG\.E(\.\w+)*\.128", code)), len(re.findall(r"\bSTG\.E(\.\w+)*\.128", code))
+            if wide[0] < loads or wide[1] < stores:
+                found.append(
+                    f"{label} {name}: {wide[0]} wide loads and {wide[1]} wide stores, not {loads} and {stores}"
+                )
+    return found
+
+
+def check(source: Path, architecture: str, folder: Path, cuobjdump: str | None) -> list[str]:
+    cubin = folder / f"{source.stem}_{architecture}.cubin"
+    found = problems_of_build(source, architecture, cubin)
+    return found + (problems_of_code(cubin, f"{source.name} sm_{architecture}", cuobjdump) if cuobjdump else [])
+
+
+def check_bindings() -> None:
+    """The bindings as a CUDA build has them: macros on, against the stable headers of this torch."""
+    import torch
+
+    include = Path(torch.__file__).parent / "include"
+    compiler = (sysconfig.get_config_var("CXX") or "c++").split()[0]
+    for source in sorted((ROOT / "bindings").glob("*.cpp")):
+        if source.name != "build_info.cpp":
+            flags = ["-std=c++17", "-fsyntax-only", "-DHELIOS_CUDA", "-DUSE_CUDA"]
+            flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-isystem{include}"]
+            run([compiler, *flags, str(source)])
+
+
+def find_cuobjdump() -> str | None:
+    """On PATH, or in the wheel nvidia-cuda-cuobjdump."""
+    found = shutil.which("cuobjdump")
+    wheels = sorted(Path(sysconfig.get_paths()["purelib"]).glob("nvidia/**/bin/cuobjdump"))
+    return found or (str(wheels[0]) if wheels else None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=2)
+    options = parser.parse_args()
+    if shutil.which("nvcc") is None:
+        raise SystemExit("check_cuda: nvcc is not on PATH")
+    cuobjdump = find_cuobjdump()
+    if cuobjdump is None:
+        print(
+            "check_cuda: no cuobjdump (pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm): the disassembly is not read"
+        )
+    sources = sorted((ROOT / "kernels").glob("*_cuda.cu"))
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
+        jobs = [
+            pool.submit(check, source, architecture, Path(folder), cuobjdump)
+            for source in sources
+            for architecture in ARCHITECTURES
+        ]
+        found = [problem for job in jobs for problem in job.result()]
+        last = ARCHITECTURES[-1]
+        for source in sources:
+            target = f"arch=compute_{last},code=compute_{last}"
+            run(["nvcc", *FLAGS, "-gencode", target, "-ptx", "-o", f"{folder}/{source.stem}.ptx", str(source)])
+    check_bindings()
+    if found:
+        sys.exit("\n".join(found))
+    print(f"check_cuda: {len(sources)} sources, sm_{', sm_'.join(ARCHITECTURES)} and PTX: no spills, no local memory")
+
+
+if __name__ == "__main__":
+    main()
