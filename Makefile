@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 export OMP_NUM_THREADS ?= 2
+PLAIN := tests/engine/test_parity.py tests/model tests/sampling tests/ops
 
 .PHONY: demo test test-full lint format clean kernels cuda-check
 
@@ -25,8 +26,10 @@ demo: $(VENV)/.ready
 	$(BIN)/helios-engine generate --model outputs/toy/distilled --prompt "A red fox runs through fresh snow at sunrise." \
 	    --num-frames 66 --height 128 --width 192 --seed 42 --num-gpus $$ranks --output outputs/demo.mp4
 
+# The second run is of the same engine on plain torch, without the compiled operators.
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -m 'not full'
+	HELIOS_OPS=reference $(BIN)/python -m pytest -m 'not full' -k 't2v or not parity' $(PLAIN)
 
 test-full: $(VENV)/.ready
 	$(BIN)/python -m pytest

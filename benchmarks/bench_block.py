@@ -48,7 +48,6 @@ def make_ours(noisy: int, grid: tuple[int, int]):
 
     sequence_attention = SequenceAttention(ContextParallel.single(), attention)
     layout = TokenLayout.make(HISTORY, noisy, CONFIG.num_attention_heads, num_ranks=1)
-    attend = functools.partial(sequence_attention, layout=layout)
 
     h = block.normed(x, rows, num_history=HISTORY)
 
@@ -56,7 +55,9 @@ def make_ours(noisy: int, grid: tuple[int, int]):
         own = x.clone()
         # The first norm is the last thing the block before does; here the last thing this one does for the next.
         qkv = block.project(h, rotation, num_history=HISTORY)
-        own_h = block.attend_self_(own, qkv, rows, num_history=HISTORY, noisy_only=False, attend=attend)
+        qkv = qkv.unflatten(-1, (3, block.num_heads, block.head_dim))
+        attend = functools.partial(sequence_attention, qkv, layout, noisy_only=False)
+        own_h = block.attend_self_(own, rows, num_history=HISTORY, noisy_only=False, attend=attend)
         block.attend_text_(own[:, HISTORY:], own_h[:, HISTORY:], text_kv, rows, num_history=0, attention=attention)
         block.feed_forward_(own, own_h, rows, rows, num_history=HISTORY)
 

@@ -81,10 +81,19 @@ class Block(nn.Module):
             x_BLD, rows.attention_weight, rows.attention_bias, num_history=num_history, eps=self.eps
         )
 
-    def project(self, h_BLD: Tensor, rotation_LK2: Tensor, *, num_history: int, first_query: int = 0) -> Tensor:
+    def project(
+        self,
+        h_BLD: Tensor,
+        rotation_LK2: Tensor,
+        *,
+        num_history: int,
+        first_query: int = 0,
+        heads: tuple[int, ...] | None = None,
+    ) -> Tensor:
         """Normalised, rotated q, k and plain v of normed rows, side by side: [B, L, 3 D].
 
-        Queries of the rows before first_query are left unset.
+        Queries of the rows before first_query are left unset. heads asks for the flat send buffer of a head exchange
+        instead (ops.qk_rms_norm_rope_pack).
         """
         if first_query:
             qkv = h_BLD.new_empty(*h_BLD.shape[:2], 3 * h_BLD.size(-1))
@@ -93,33 +102,32 @@ class Block(nn.Module):
             qkv[:, first_query:] = self.qkv(h_BLD[:, first_query:])
         else:
             qkv = self.qkv(h_BLD)
+        rows = (qkv, self.norm_q, self.norm_k, rotation_LK2)
+        scale = self.history_scale()
+        if heads is not None:
+            return ops.qk_rms_norm_rope_pack(
+                *rows, heads, eps=self.eps, history_scale_H=scale, num_history=num_history, first_query=first_query
+            )
         ops.qk_rms_norm_rope_(
-            *(qkv, self.norm_q, self.norm_k, rotation_LK2),
-            eps=self.eps,
-            history_scale_H=self.history_scale(),
-            num_history=num_history,
-            first_query=first_query,
+            *rows, eps=self.eps, history_scale_H=scale, num_history=num_history, first_query=first_query
         )
         return qkv
 
     def attend_self_(
         self,
         x_BlD: Tensor,
-        qkv_BlD: Tensor,
         rows: Modulation,
         *,
         num_history: int,
         noisy_only: bool,
-        attend: Callable[..., Tensor],
+        attend: Callable[[], Tensor],
     ) -> Tensor | None:
         """x += gate * self-attention, for all rows or for the noisy ones alone; returns those rows through the middle norm.
 
-        attend(qkv [B, l, 3, H, K], noisy_only=...) gives the attended rows; it may talk to other ranks. Without a text
-        norm nothing is returned.
+        attend() gives the attended rows [B, l, H, K]; it may talk to other ranks. Without a text norm nothing is returned.
         """
-        qkv = qkv_BlD.unflatten(-1, (3, self.num_heads, self.head_dim))
         skipped = num_history if noisy_only else 0
-        update = self.out(attend(qkv, noisy_only=noisy_only).flatten(2))
+        update = self.out(attend().flatten(2))
         own, gate = x_BlD[:, skipped:], rows.attention_gate
         if rows.middle_weight is None:
             ops.gated_residual_(own, update, gate, num_history=num_history - skipped)

@@ -196,6 +196,7 @@ class Transformer(nn.Module):
         num_history = context.num_history
         # After the last block only noisy rows are read, so its history rows need keys and values alone.
         noisy_only = index == len(self.blocks) - 1
+        sequence, layout = self._sequence_attention, work.layout
         if index == 0 and context.first_qkv is not None:
             noisy = block.normed(x_BlD[:, num_history:], rows, num_history=0)
             noisy = block.project(noisy, work.rotation[num_history:], num_history=0)
@@ -203,10 +204,15 @@ class Transformer(nn.Module):
         else:
             if h_BlD is None:
                 h_BlD = block.normed(x_BlD, rows, num_history=num_history)
+            heads = None if noisy_only else sequence.heads_to_pack(layout)
             first_query = num_history if noisy_only else 0
-            qkv = block.project(h_BlD, work.rotation, num_history=num_history, first_query=first_query)
-        attend = functools.partial(self._sequence_attention, layout=work.layout)
-        return block.attend_self_(x_BlD, qkv, rows, num_history=num_history, noisy_only=noisy_only, attend=attend)
+            qkv = block.project(h_BlD, work.rotation, num_history=num_history, first_query=first_query, heads=heads)
+        if qkv.ndim == 1:
+            attend = functools.partial(sequence.attend_packed, qkv, layout, batch=x_BlD.size(0))
+        else:
+            qkv = qkv.unflatten(-1, (3, block.num_heads, block.head_dim))
+            attend = functools.partial(sequence, qkv, layout, noisy_only=noisy_only)
+        return block.attend_self_(x_BlD, rows, num_history=num_history, noisy_only=noisy_only, attend=attend)
 
     def _output(self, x_BND: Tensor, timestep: float) -> Tensor:
         embedding = self.embed.time(timestep).embedding_D.float()

@@ -48,18 +48,33 @@ class SequenceAttention:
         rows = layout.noisy if noisy_only else tuple(layout.tokens(rank) for rank in range(layout.num_ranks))
         return self._gather_heads(out_BShK, layout, rows)
 
+    def heads_to_pack(self, layout: TokenLayout) -> tuple[int, ...] | None:
+        """The heads each destination gets, where the rows before the exchange may come packed; None where they may not."""
+        return layout.heads if layout.ulysses > 1 else None
+
+    def attend_packed(self, packed: Tensor, layout: TokenLayout, *, batch: int) -> Tensor:
+        """As a call, of rows that ops.qk_rms_norm_rope_pack made: their exchange needs no packing of its own."""
+        head_dim = packed.numel() // (layout.tokens(self._context.sequence_rank) * batch * 3 * layout.num_heads)
+        q, k, v = self._exchange_heads(packed, layout, batch, head_dim).unbind(2)
+        rows = tuple(layout.tokens(rank) for rank in range(layout.num_ranks))
+        return self._gather_heads(self._over_ring(q, k, v, layout), layout, rows)
+
     def _members(self, layout: TokenLayout) -> range:
         return layout.group(self._context.sequence_rank)
 
     def _scatter_heads(self, qkv_Bl3HK: Tensor, layout: TokenLayout) -> Tensor:
         """q, k and v of all the group's tokens for this rank's heads, [B, S, 3, h, K]; rank-major token order."""
-        batch, own, _, _, head_dim = qkv_Bl3HK.shape
         token_first = qkv_Bl3HK.transpose(0, 1)
         pieces = [token_first[:, :, :, layout.head_slice(m)].reshape(-1) for m in range(layout.ulysses)]
+        return self._exchange_heads(torch.cat(pieces), layout, qkv_Bl3HK.size(0), qkv_Bl3HK.size(-1))
+
+    def _exchange_heads(self, packed: Tensor, layout: TokenLayout, batch: int, head_dim: int) -> Tensor:
+        """The exchange itself: destination-major [l][B][3][heads of it][K] in, [B, S, 3, h, K] out."""
+        own = layout.tokens(self._context.sequence_rank)
         heads = layout.heads[self._context.ulysses_rank]
         tokens = [layout.tokens(rank) for rank in self._members(layout)]
         received = self._context.all_to_all(
-            torch.cat(pieces),
+            packed,
             send_counts=[own * batch * 3 * count * head_dim for count in layout.heads],
             receive_counts=[count * batch * 3 * heads * head_dim for count in tokens],
             purpose="qkv",

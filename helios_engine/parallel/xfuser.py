@@ -71,6 +71,9 @@ class XfuserAttention(SequenceAttention):
                 f"{self._context.sequence_size} ranks; use exchange packed or another size"
             )
 
+    def heads_to_pack(self, layout: TokenLayout) -> tuple[int, ...] | None:
+        return None
+
     def __call__(self, qkv_Bl3HK: Tensor, layout: TokenLayout, *, noisy_only: bool) -> Tensor:
         skipped = layout.history[self._context.sequence_rank] if noisy_only else 0
         q, k, v = (part.transpose(1, 2).contiguous() for part in qkv_Bl3HK.unbind(2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 
 import pytest
@@ -10,11 +11,14 @@ from diffusers import HeliosTransformer3DModel
 
 from helios_engine.config import ModelConfig
 from helios_engine.model import rope
+from helios_engine.model.block import Block, Modulation
 from helios_engine.model.embed import HistoryWindow
-from helios_engine.model.transformer import TextContext, Transformer
+from helios_engine.model.transformer import TextContext, Transformer, init_random_
 from helios_engine.ops.attention import choose_attention
 from helios_engine.ops.reference import unpatchify
+from helios_engine.parallel.attention import SequenceAttention
 from helios_engine.parallel.context import ContextParallel
+from helios_engine.parallel.layout import TokenLayout
 from tests.helpers import oracle
 
 # float32 through up to three layers whose activations reach 10.
@@ -159,3 +163,32 @@ def test_random_parameters_are_all_set() -> None:
         parameter.fill_(float("nan"))
     init_random_(model, 0)
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+def test_a_block_compiles_as_one_graph() -> None:
+    """torch.compile with fullgraph: no graph break in the operators or around attention."""
+    config = ModelConfig(num_attention_heads=4, attention_head_dim=16, rope_dim=(8, 4, 4), num_layers=1, ffn_dim=64)
+    block = Block(config, torch.float32).eval().requires_grad_(False)
+    init_random_(block, 0)
+    attention = choose_attention("auto", device=torch.device("cpu"), dtype=torch.float32, head_dim=16)
+    sequence = SequenceAttention(ContextParallel.single(), attention)
+    layout = TokenLayout.make(6, 9, 4, num_ranks=1)
+    generator = torch.Generator().manual_seed(0)
+    rows = Modulation(*torch.randn(8, 2, 64, generator=generator).unbind(0))
+    angles = torch.randn(15, 8, generator=generator)
+    rotation = torch.stack([angles.cos(), angles.sin()], dim=-1)
+    text = torch.randn(1, 5, 128, generator=generator)
+
+    def run(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = x.clone()
+        h = block.normed(x, rows, num_history=6)
+        qkv = block.project(h, rotation, num_history=6).unflatten(-1, (3, 4, 16))
+        attend = functools.partial(sequence, qkv, layout, noisy_only=False)
+        h = block.attend_self_(x, rows, num_history=6, noisy_only=False, attend=attend)
+        block.attend_text_(x[:, 6:], h[:, 6:], text, rows, num_history=0, attention=attention)
+        return x, block.feed_forward_(x, h, rows, rows, num_history=6)
+
+    x = torch.randn(1, 15, 64, generator=generator)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for ours, expected in zip(compiled(x), run(x), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
