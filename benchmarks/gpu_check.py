@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,6 +122,41 @@ def _context(engine: Engine, session: VideoSession):
     history = History.empty(engine.checkpoint.model.in_channels, *session.plan.latent_size, engine.device)
     history.append(torch.randn(1, engine.checkpoint.model.in_channels, 19, *session.plan.latent_size, device=DEVICE))
     return engine.transformer.prepare(stacked_window([history]), session.texts)
+
+
+def part_ops(scale: Scale) -> dict[str, object]:
+    """The compiled operators on this device: their tests, and GB/s of each against a copy."""
+    environment = {**os.environ, "HELIOS_OPS": "native"}
+    tests = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-rs", "tests/ops/test_native.py"]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "ops.json"
+        rows = 64 if scale is TINY else 11040
+        bench = [sys.executable, "-m", "benchmarks.bench_ops", "--rows", str(rows), "--json", str(path)]
+        results = [subprocess.run(c, capture_output=True, text=True, env=environment) for c in (tests, bench)]
+        for result in results:
+            print(result.stdout[-3000:], result.stderr[-2000:])
+        if any(result.returncode for result in results):
+            raise SystemExit(1)
+        figures = json.loads(path.read_text())
+    rates = {name: values["of_copy"] for name, values in figures["operators"].items()}
+    return {"outcome": results[0].stdout.strip().splitlines()[-1], "copy": figures["copy_bytes_per_second"], **rates}
+
+
+def part_sanitize(scale: Scale) -> dict[str, object]:
+    """The operators' tests under compute-sanitizer: memory, races and synchronisation."""
+    tool = shutil.which("compute-sanitizer")
+    if tool is None or DEVICE.type != "cuda":
+        return {"left out": "no compute-sanitizer on PATH" if tool is None else "no GPU"}
+    result: dict[str, object] = {}
+    for check in ("memcheck", "racecheck", "synccheck"):
+        command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q", "-m", "gpu"]
+        # Small cases only: the tools slow a kernel down a hundredfold.
+        run = subprocess.run([*command, "-k", "not 5120", "tests/ops/test_native.py"], capture_output=True, text=True)
+        print(check, run.stdout[-1500:], run.stderr[-500:])
+        if run.returncode:
+            raise SystemExit(f"{check}: exit code {run.returncode}")
+        result[check] = run.stdout.strip().splitlines()[-1]
+    return result
 
 
 def part_dit(scale: Scale) -> dict[str, object]:

@@ -8,7 +8,7 @@
 # ftfy, nvtx). TINY=1 runs small models, to try this script on any machine, without a GPU too.
 set -u
 root=$(cd "$(dirname "$0")/.." && pwd)
-all=(env tests dit attention engine vae ranks diffusers compiled)
+all=(env ops tests dit attention engine vae ranks diffusers compiled sanitize)
 if [ $# -eq 0 ]; then
   echo "usage: benchmarks/gpu_check.sh [PART...] OUT; parts: ${all[*]}" >&2
   exit 2
@@ -28,6 +28,8 @@ python=${PYTHON:-python3}
 if [ -n "${WHEELS:-}" ]; then
   "$python" -m pip install --quiet --no-index --no-deps "$WHEELS"/*.whl || echo "gpu_check.sh: some wheels did not install" >&2
 fi
+# The compiled operators, CUDA kernels included where nvcc is; the checks run without them too.
+"$python" setup.py --quiet build_ext --inplace || echo "gpu_check.sh: the operators did not build" >&2
 export PYTHONPATH=$root HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 failed=0
 for part in "${parts[@]}"; do

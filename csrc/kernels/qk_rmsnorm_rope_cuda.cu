@@ -4,7 +4,8 @@
 namespace helios {
 namespace {
 
-constexpr int kThreads = 320;  // two blocks per multiprocessor at least: other bounds made ptxas spill a word
+constexpr int kThreads =
+    320;  // two blocks per multiprocessor at least: other bounds made ptxas spill a word
 constexpr int kMaxDestinations = 64;
 
 // Destinations by value: the host's array is gone when the kernel runs.

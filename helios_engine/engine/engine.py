@@ -28,6 +28,7 @@ from helios_engine.engine.state import SessionState
 from helios_engine.model.text import TextEncoder
 from helios_engine.model.transformer import TextContext, Transformer
 from helios_engine.model.vae import VideoAutoencoder
+from helios_engine.ops import native
 from helios_engine.ops.attention import choose_attention
 from helios_engine.output import Video, collect
 from helios_engine.parallel.attention import check_exchange
@@ -407,6 +408,7 @@ def resolve_dtype(config: EngineConfig) -> torch.dtype:
 
 def _checked(path_or_id: str | Path, config: EngineConfig, context: ContextParallel) -> tuple[Checkpoint, str]:
     """The checkpoint and the attention backend, files and settings checked before anything large is read."""
+    native.check()
     device, dtype = resolve_device(config.device), resolve_dtype(config)
     checkpoint = Checkpoint.open(path_or_id, config.revision)
     model = checkpoint.model

@@ -38,28 +38,27 @@ OPERATORS = (
 )
 
 
-def _load() -> str:
-    """Load the library; returns why it is not used, or nothing."""
+def _load() -> tuple[str, str]:
+    """Load the library; returns (why it is not used or nothing, why nothing may run at all or nothing)."""
     wanted = os.environ.get("HELIOS_OPS", "")
     if wanted not in ("", "native", "reference"):
-        raise ValueError(f"HELIOS_OPS must be native or reference, got {wanted!r}")
+        return "HELIOS_OPS is unknown", f"HELIOS_OPS must be native or reference, got {wanted!r}"
     if wanted == "reference":
-        return "HELIOS_OPS=reference"
+        return "HELIOS_OPS=reference", ""
     problem = "" if LIBRARY.is_file() else "it was not built"
     if not problem:
         try:
             torch.ops.load_library(str(LIBRARY))
         except OSError as error:
             problem = f"it does not load ({error})"
-    if problem and wanted == "native":
-        raise ImportError(f"HELIOS_OPS=native, but {LIBRARY}: {problem}")
-    return problem
+    insists = problem and wanted == "native"
+    return problem, f"HELIOS_OPS=native, but {LIBRARY} cannot be used: {problem}" if insists else ""
 
 
-WHY_NOT = _load()
-if WHY_NOT:
+WHY_NOT, _PROBLEM = _load()
+if WHY_NOT and not _PROBLEM:
     logger.warning("compiled operators are not used: %s; torch's own are", WHY_NOT)
-else:
+if not WHY_NOT:
     for _name in OPERATORS:  # every operator writes into its arguments and returns nothing
         torch.library.register_fake(f"helios::{_name}", lambda *_arguments, **_named: None)
 _ops = torch.ops.helios
@@ -72,8 +71,15 @@ def runs_native(x: Tensor) -> bool:
     return not WHY_NOT and (kind == "cpu" or (kind == "cuda" and _ON_GPU)) and x.dtype in _DTYPES
 
 
+def check() -> None:
+    """Raise ValueError where HELIOS_OPS asks for what cannot be; an import is no place to say so."""
+    if _PROBLEM:
+        raise ValueError(_PROBLEM)
+
+
 def describe() -> list[str]:
     """Which implementation runs on which device, for `inspect --ops`."""
+    check()
     if WHY_NOT:
         return [f"operators      plain torch everywhere: {WHY_NOT}"]
     gpu = "compiled CUDA" if _ON_GPU else "plain torch (this build has no CUDA kernels)"

@@ -6,6 +6,9 @@ The same file runs on a GPU, where there is one: every test takes each device wh
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -124,8 +127,9 @@ def test_parts_of_the_residual_norm(device, dtype) -> None:
 
 
 @each_device
-def test_segments_do_not_leak(device) -> None:
-    x, y = rand(1, 4, 64, device=device), rand(1, 4, 64, device=device, seed=1)
+@each_dtype
+def test_segments_do_not_leak(device, dtype) -> None:
+    x, y = rand(1, 4, 64, dtype=dtype, device=device), rand(1, 4, 64, dtype=dtype, device=device, seed=1)
     x[:, 2] = POISON
     gate = torch.stack([rand(64, device=device), torch.full((64,), POISON, device=device)])
     ones = torch.ones(2, 64, device=device)
@@ -471,3 +475,48 @@ def test_opcheck(name: str) -> None:
 def test_every_operator_is_listed_and_described() -> None:
     assert set(_opcheck_calls()) == set(native.OPERATORS)
     assert "compiled" in native.describe()[0]
+
+
+@each_device
+@each_dtype
+def test_infinities_and_nan_stay_what_they_are(device, dtype) -> None:
+    """Rounding to 16 bits by adding to the bits would turn some NaN into numbers."""
+    x = torch.zeros(1, 1, 64, dtype=dtype, device=device)
+    update = torch.zeros_like(x)
+    update[0, 0, :3] = torch.tensor([float("nan"), float("inf"), float("-inf")])
+    native.gated_residual_(x, update, None, num_history=0)
+    assert x[0, 0, 0].isnan()
+    assert x[0, 0, 1:3].tolist() == [float("inf"), float("-inf")]
+    assert not x[0, 0, 3:].any()
+    bits = torch.tensor([0x7FFFFFFF, 0x7F800001, -1], dtype=torch.int32).view(torch.float32)  # NaN of all kinds
+    assert native.patch_rows(bits.view(1, 3, 1, 1, 1).to(device), (1, 1, 1), dtype=dtype).isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("setting", "code", "said"),
+    [
+        ("reference", 0, ("compiled operators are not used: HELIOS_OPS=reference", "plain torch everywhere")),
+        ("native", 0, ("CPU: compiled",)),
+        ("fast", 2, ("HELIOS_OPS must be native or reference, got 'fast'",)),
+    ],
+)
+def test_the_choice_is_said_aloud(setting: str, code: int, said: tuple[str, ...]) -> None:
+    command = [sys.executable, "-m", "helios_engine.cli", "inspect", "--ops"]
+    result = subprocess.run(command, env={**os.environ, "HELIOS_OPS": setting}, capture_output=True, text=True)
+    assert result.returncode == code, result.stderr
+    for text in said:
+        assert text in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+def test_lesser_instruction_sets_agree(isa: str) -> None:
+    """The same rows through another instruction set: sums in another order, nothing more."""
+    script = (
+        "import torch; from helios_engine.ops import native; torch.manual_seed(0); x = torch.randn(1, 3, 5120).bfloat16();"
+        "w = torch.randn(2, 5120); print(native.norm_scale_shift(x, w, w, num_history=1, eps=1e-6).double().sum().item())"
+    )
+    sums = [
+        float(subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True).stdout)
+        for environment in (dict(os.environ), {**os.environ, "HELIOS_CPU_ISA": isa})
+    ]
+    assert sums[0] == pytest.approx(sums[1], abs=0.5)
