@@ -41,6 +41,8 @@ class NinjaBuild(build_ext):
             try:
                 self.build_extension(extension)
             except (RuntimeError, OSError, ImportError) as error:
+                if extension is OPERATORS and os.environ.get("HELIOS_CUDA") == "1":
+                    raise SystemExit(f"HELIOS_CUDA=1, but the operators cannot be built: {error}") from None
                 print(
                     f"warning: {extension.name} is not built: {error}; helios_engine works without it", file=sys.stderr
                 )
@@ -79,7 +81,8 @@ class NinjaBuild(build_ext):
         import torch
 
         torch_folder = Path(torch.__file__).parent
-        cuda = _cuda_toolkit(torch)
+        _check_compiler()
+        self.cuda = cuda = _cuda_toolkit(torch)
         machine = "-DHELIOS_X86" if os.uname().machine == "x86_64" else ""
         headers = f"-isystem {torch_folder}/include -isystem {torch_folder}/include/torch/csrc/api/include"
         # The oldest release whose stable interface is asked for; newer ones keep it.
@@ -96,9 +99,14 @@ class NinjaBuild(build_ext):
                 objects += _compile(writer, work, source, bindings, "bind")
         libraries = f"-fopenmp -L{torch_folder}/lib -Wl,--no-as-needed -ltorch -ltorch_cpu -lc10"
         if cuda:
-            targets = " ".join(f"-gencode arch=compute_{gpu},code=sm_{gpu}" for gpu in GPUS)
-            targets += f" -gencode arch=compute_{GPUS[-1]},code=compute_{GPUS[-1]}"
-            writer.rule("nvcc", f"{cuda}/bin/nvcc {NVCC} {targets} -c $in -o $out")
+            known = subprocess.run(
+                [f"{cuda}/bin/nvcc", "--list-gpu-arch"], capture_output=True, text=True
+            ).stdout.split()
+            gpus = [gpu for gpu in GPUS if f"compute_{gpu}" in known]  # older toolkits know fewer
+            targets = " ".join(f"-gencode arch=compute_{gpu},code=sm_{gpu}" for gpu in gpus)
+            targets += f" -gencode arch=compute_{gpus[-1]},code=compute_{gpus[-1]}"
+            command = f"{cuda}/bin/nvcc {NVCC} {targets} -MD -MF $out.d -c $in -o $out"
+            writer.rule("nvcc", command, depfile="$out.d", deps="gcc")
             for source in sorted((ROOT / "csrc/kernels").glob("*_cuda.cu")):
                 objects += writer.build(str(work / f"{source.stem}.o"), "nvcc", str(source))
             libraries += f" -L{cuda}/lib64 -L{cuda}/lib -lcudart_static -ldl -lrt -lpthread"
@@ -127,13 +135,43 @@ def _cuda_toolkit(torch) -> Path | None:
         raise SystemExit(f"HELIOS_CUDA must be 0 or 1, got {wanted!r}")
     if wanted == "0":
         return None
-    nvcc = shutil.which("nvcc", path=os.pathsep.join([f"{os.environ.get('CUDA_HOME', '')}/bin", os.environ["PATH"]]))
-    if wanted == "1" and (nvcc is None or torch.version.cuda is None):
-        missing = "nvcc is not on PATH" if nvcc is None else f"torch {torch.__version__} has no CUDA"
-        raise SystemExit(f"HELIOS_CUDA=1, but {missing}; set HELIOS_CUDA=0 to build without CUDA")
-    if nvcc is None or torch.version.cuda is None:
-        return None
-    return Path(nvcc).resolve().parent.parent
+    toolkit, problem = _find_toolkit()
+    if toolkit is not None and torch.version.cuda is None:
+        problem = f"torch {torch.__version__} has no CUDA"
+    elif toolkit is not None:
+        printed = subprocess.run([f"{toolkit}/bin/nvcc", "--version"], capture_output=True, text=True).stdout
+        release = printed.partition("release ")[2].split(",")[0]
+        if release.split(".")[0] != torch.version.cuda.split(".")[0]:
+            problem = f"nvcc is of CUDA {release} and torch of CUDA {torch.version.cuda}"
+    if not problem:
+        return toolkit
+    if wanted == "1":
+        raise SystemExit(f"HELIOS_CUDA=1, but {problem}; set HELIOS_CUDA=0 to build without CUDA")
+    print(f"the CUDA kernels are left out: {problem}", file=sys.stderr)
+    return None
+
+
+def _find_toolkit() -> tuple[Path | None, str]:
+    """(the toolkit's folder, or None; what is wrong). nvcc may be a script somewhere else, so it is asked where it lives."""
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which(f"{home}/bin/nvcc" if home else "nvcc")
+    if nvcc is None:
+        return None, f"nvcc is not in CUDA_HOME {home}" if home else "nvcc is not on PATH"
+    printed = subprocess.run([nvcc, "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True).stderr
+    tops = [line.partition("TOP=")[2].strip() for line in printed.splitlines() if "TOP=" in line]
+    toolkit = Path(tops[0]).resolve() if tops else Path(nvcc).resolve().parent.parent
+    if not list(toolkit.glob("lib*/libcudart_static.a")) + list(toolkit.glob("targets/*/lib/libcudart_static.a")):
+        return None, f"{toolkit} has no libcudart_static.a"
+    return toolkit, ""
+
+
+def _check_compiler() -> None:
+    """The CPU twins use _Float16 in C++, which GCC has since 12 and clang since 15."""
+    source = "int main() { _Float16 x = 1; return static_cast<float>(x) != 1.0f; }"
+    command = [_compiler(), "-x", "c++", "-std=c++17", "-fopenmp", "-fsyntax-only", "-"]
+    result = subprocess.run(command, input=source, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"{_compiler()} lacks _Float16 or OpenMP: GCC 12 or clang 15 is needed")
 
 
 setup(ext_modules=[BUILD_INFO, OPERATORS], cmdclass={"build_ext": NinjaBuild})

@@ -6,12 +6,12 @@ namespace helios {
 
 void bind_unpack_heads(const Tensor received, const Tensor out, const Ints heads) {
   UnpackHeads args{};
+  dtype_of(out, "out");
   check_same(received, out, "out"), check_dtype(out, received.scalar_type(), "out");
   check_contiguous(received, "received"), check_contiguous(out, "out");
   STD_TORCH_CHECK(out.dim() == 4, "out must be [batch, rows, heads, head_dim]");
   check_numel(received, out.numel(), "received");
-  int64_t total = 0;
-  for (int64_t count : heads) total += count;
+  const int64_t total = sum_of_shares(heads);
   STD_TORCH_CHECK(total == out.size(2), "heads must sum to ", out.size(2), ", got ", total);
   args.received = received.const_data_ptr(), args.out = out.mutable_data_ptr();
   args.heads_per_source = heads.data(), args.num_sources = static_cast<int>(heads.size());

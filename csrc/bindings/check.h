@@ -66,6 +66,16 @@ inline void check_shape(const Tensor& x, const Tensor& other, const char* name) 
   }
 }
 
+// The sum of what each rank of an exchange holds.
+inline int64_t sum_of_shares(const std::vector<int64_t>& shares) {
+  int64_t total = 0;
+  for (int64_t count : shares) {
+    STD_TORCH_CHECK(count >= 0, "heads must not be negative, got ", count);
+    total += count;
+  }
+  return total;
+}
+
 inline void check_numel(const Tensor& x, int64_t count, const char* name) {
   STD_TORCH_CHECK(x.numel() == count, name, " must hold ", count, " elements, got ", x.numel());
 }
@@ -81,10 +91,11 @@ void launch(const Tensor& where, const Args& args, void (*cpu)(const Args&) noex
     cpu(args);
     return;
   }
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA");
   torch::stable::accelerator::DeviceGuard guard(where.get_device_index());
   void* stream = nullptr;
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA");
-  aoti_torch_get_current_cuda_stream(where.get_device_index(), &stream);
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_get_current_cuda_stream(where.get_device_index(), &stream));
   const int status = cuda(args, stream);
   STD_TORCH_CHECK(status == 0, "the kernel could not be launched: CUDA error ", status);
 }

@@ -62,8 +62,7 @@ void bind_qk_rmsnorm_rope_pack(const Tensor qkv, const Tensor q_weight, const Te
       common(qkv, q_weight, k_weight, rotation, history_scale, num_history, first_query, eps);
   check_same(qkv, packed, "packed"), check_dtype(packed, qkv.scalar_type(), "packed");
   check_contiguous(packed, "packed"), check_numel(packed, qkv.numel(), "packed");
-  int64_t total = 0;
-  for (int64_t count : heads) total += count;
+  const int64_t total = sum_of_shares(heads);
   STD_TORCH_CHECK(total * args.head_dim == args.width, "heads must sum to ",
                   args.width / args.head_dim, ", got ", total);
   args.packed = packed.mutable_data_ptr();

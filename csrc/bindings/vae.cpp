@@ -38,7 +38,7 @@ void bind_channel_norm_silu(const Tensor x, const Tensor gamma, const Tensor out
 
 void bind_upsample_nearest(const Tensor x, const Tensor out) {
   UpsampleNearest args{};
-  args.x = pictures_of(x, "x"), args.out = pictures_of(out, "out");
+  args.x = pictures_of(x, "x"), args.out = pictures_of(out, "out"), dtype_of(x, "x");
   check_same(x, out, "out"), check_dtype(out, x.scalar_type(), "out");
   fill_size(args, x);
   args.element_size = static_cast<int64_t>(x.element_size());

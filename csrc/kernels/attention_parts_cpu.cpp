@@ -11,6 +11,7 @@ void merge(const MergePartials& args) {
   for (int64_t row = 0; row < args.rows; ++row) {
     const float own_lse = args.lse[row], other_lse = args.other_lse[row];
     if (isinf(other_lse) && other_lse < 0) continue;
+    const bool is_first = isinf(own_lse) && own_lse < 0;  // then out may hold anything
     const float top = own_lse > other_lse ? own_lse : other_lse;
     const float own = expf(own_lse - top), other = expf(other_lse - top);
     const float total = own + other;
@@ -19,7 +20,7 @@ void merge(const MergePartials& args) {
     const T* rest = static_cast<const T*>(args.other) + row * args.dim;
 #pragma omp simd
     for (int64_t i = 0; i < args.dim; ++i)
-      out[i] = out[i] * own_share + to_float(rest[i]) * other_share;
+      out[i] = (is_first ? 0.0f : out[i] * own_share) + to_float(rest[i]) * other_share;
     args.lse[row] = top + logf(total);
   }
 }

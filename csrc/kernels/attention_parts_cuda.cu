@@ -51,6 +51,7 @@ __global__ void __launch_bounds__(kThreads) merge(const MergePartials args) {
     const float own_lse = args.lse[row], other_lse = args.other_lse[row];
     __syncwarp();  // every lane has read lse before one of them writes it
     if (isinf(other_lse) && other_lse < 0) continue;
+    const bool is_first = isinf(own_lse) && own_lse < 0;  // then out may hold anything
     const float top = own_lse > other_lse ? own_lse : other_lse;
     const float own = expf(own_lse - top), other = expf(other_lse - top);
     const float total = own + other;
@@ -58,7 +59,7 @@ __global__ void __launch_bounds__(kThreads) merge(const MergePartials args) {
     float* out = args.out + row * args.dim;
     const T* rest = static_cast<const T*>(args.other) + row * args.dim;
     for (std::int64_t i = lane; i < args.dim; i += 32)
-      out[i] = out[i] * own_share + to_float(rest[i]) * other_share;
+      out[i] = (is_first ? 0.0f : out[i] * own_share) + to_float(rest[i]) * other_share;
     if (lane == 0) args.lse[row] = top + logf(total);
   }
 }

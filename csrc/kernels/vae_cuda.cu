@@ -60,7 +60,8 @@ __global__ void __launch_bounds__(kThreads) norm_vectors(const ChannelNormSilu a
     }
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) squares += __shfl_xor_sync(0xffffffffu, squares, step);
-    const float norm = fmaxf(sqrtf(squares), 1e-12f);
+    const float length = sqrtf(squares);
+    const float norm = length < 1e-12f ? 1e-12f : length;  // fmaxf would make a number of NaN
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
       const int start = (v * 32 + lane) * kSize;
@@ -90,7 +91,8 @@ __global__ void __launch_bounds__(kThreads) norm_any(const ChannelNormSilu args,
       squares += to_float(from[c]) * to_float(from[c]);
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) squares += __shfl_xor_sync(0xffffffffu, squares, step);
-    const float norm = fmaxf(sqrtf(squares), 1e-12f);
+    const float length = sqrtf(squares);
+    const float norm = length < 1e-12f ? 1e-12f : length;  // fmaxf would make a number of NaN
     const T* gamma = static_cast<const T*>(args.gamma);
     for (int64_t c = lane; c < args.channels; c += 32) {
       to[c] =

@@ -7,6 +7,7 @@ Both have one meaning, given in reference.py. HELIOS_OPS=reference leaves the li
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Sequence
@@ -63,12 +64,25 @@ if not WHY_NOT:
         torch.library.register_fake(f"helios::{_name}", lambda *_arguments, **_named: None)
 _ops = torch.ops.helios
 _ON_GPU = not WHY_NOT and torch._C._dispatch_has_kernel_for_dispatch_key("helios::residual_gate_norm", "CUDA")
+_GPU_GENERATIONS = (8, 9, 10, 12)  # what setup.py compiles for
+
+
+@functools.cache
+def _serves_gpu(index: int | None) -> bool:
+    """True where the library has kernels for this GPU; said aloud where not."""
+    if not _ON_GPU:
+        return False
+    major, minor = torch.cuda.get_device_capability(index)
+    if major not in _GPU_GENERATIONS:
+        logger.warning("compiled operators have no kernels for sm_%d%d; torch's own are used", major, minor)
+    return major in _GPU_GENERATIONS
 
 
 def runs_native(x: Tensor) -> bool:
     """True where the compiled operators serve this tensor's device and dtype."""
     kind = x.device.type
-    return not WHY_NOT and (kind == "cpu" or (kind == "cuda" and _ON_GPU)) and x.dtype in _DTYPES
+    served = kind == "cpu" or (kind == "cuda" and _serves_gpu(x.device.index))
+    return not WHY_NOT and served and x.dtype in _DTYPES
 
 
 def check() -> None:

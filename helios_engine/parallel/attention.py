@@ -148,7 +148,9 @@ class SequenceAttention:
                 arriving = context.rotate(held.view(-1), math.prod(shape), "ring")
             part, part_lse = self._attention.with_lse(q_BLhK, held[0], held[1])
             if out is None:
-                out, lse = part.float(), part_lse.clone()
+                # Contiguous, as merging wants them; backends hand over transposed views.
+                out = part.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+                lse = part_lse.clone(memory_format=torch.contiguous_format)
             else:
                 ops.merge_partials_(out, lse, part, part_lse)
             if arriving is not None:

@@ -250,6 +250,7 @@ def test_merge_partials(device, dtype) -> None:
     expected, expected_lse = out.clone(), lse.clone()
     reference.merge_partials_(expected, expected_lse, other, other_lse)
     untouched = out[0, 1].clone()
+    out[0, 0] = POISON  # it saw no key, so whatever it holds counts for nothing
     native.merge_partials_(out, lse, other, other_lse)
     torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(lse, expected_lse, rtol=1e-6, atol=1e-6)
@@ -350,6 +351,8 @@ def _channels_last(x: Tensor) -> Tensor:
 def test_channel_norm_silu(device, dtype, channels: int, silu: bool) -> None:
     x = _channels_last(rand(2, channels, 3, 4, 5, dtype=dtype, device=device))
     x[0, :, 0, 0, 0] = 0
+    broken = x.clone()
+    broken[1, 0, 1, 2, 3] = POISON
     gamma = rand(channels, dtype=dtype, device=device, seed=1).view(-1, 1, 1, 1)
     normed = x.double() / x.double().norm(dim=1, keepdim=True).clamp_min(1e-12) * channels**0.5 * gamma.double()
     near(native.channel_norm_silu(x, gamma, silu=silu), F.silu(normed) if silu else normed, dtype, roundings=3)
@@ -357,6 +360,9 @@ def test_channel_norm_silu(device, dtype, channels: int, silu: bool) -> None:
     native.channel_norm_silu(x, gamma, silu=silu, out=buffer[:, :, 2:])
     assert torch.equal(buffer[:, :, 2:], native.channel_norm_silu(x, gamma, silu=silu))
     assert buffer[:, :, :2].isnan().all(), "what lies before stays"
+    result = native.channel_norm_silu(broken, gamma, silu=silu)
+    assert result[1, :, 1, 2, 3].isnan().all(), "one NaN is a whole pixel's, as in torch"
+    assert result.isnan().sum() == channels
     torch.testing.assert_close(
         native.channel_norm_silu(x, gamma, silu=silu),
         reference.channel_norm_silu(x, gamma, silu=silu),
@@ -409,6 +415,7 @@ def test_nothing_to_do_is_done(device) -> None:
         (lambda x, r: native._ops.rmsnorm_rows(x, r[0, :8], EPS), "16 elements"),
         (lambda x, r: native._ops.rmsnorm_rows(x.double(), r[0], EPS), "float32, bfloat16 or float16"),
         (lambda x, r: native._ops.unpack_heads(x, x[None], [1]), "heads must sum"),
+        (lambda x, r: native._ops.unpack_heads(x, x.view(1, 2, 3, 16), [5, -2]), "negative"),
         (lambda x, r: native._ops.patch_gather(x[None, None], torch.zeros(1, 2, 1), [1, 1, 1], 95), "outside"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
