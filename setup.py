@@ -14,7 +14,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent
 BUILD_INFO = Extension("helios_engine._build_info", ["csrc/bindings/build_info.cpp"], optional=True)
 OPERATORS = Extension("helios_engine.libhelios_ops", [], optional=True)
 

@@ -28,18 +28,21 @@ void turn_head(const T* x, T* out, const T* weight, float scale, const float* ro
           to_float(from_float<T>(to_float(x[start + i]) * scale * to_float(weight[start + i])));
     }
     const float* turns = rotation + start;
+    float turned[kChunk];
 #pragma omp simd
     for (int64_t i = 0; i < count / 2; ++i) {
       const float even = normed[2 * i], odd = normed[2 * i + 1];
       const float cosine = turns[2 * i], sine = turns[2 * i + 1];
-      float first = even * cosine - odd * sine, second = even * sine + odd * cosine;
-      if (amplify != 1.0f) {
-        first = to_float(from_float<T>(first)) * amplify;
-        second = to_float(from_float<T>(second)) * amplify;
-      }
-      out[start + 2 * i] = from_float<T>(first);
-      out[start + 2 * i + 1] = from_float<T>(second);
+      turned[2 * i] = even * cosine - odd * sine;
+      turned[2 * i + 1] = even * sine + odd * cosine;
     }
+    // Loops of their own: the pairs vectorise in float32 only.
+    if (amplify != 1.0f) {
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) turned[i] = to_float(from_float<T>(turned[i])) * amplify;
+    }
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) out[start + i] = from_float<T>(turned[i]);
   }
 }
 

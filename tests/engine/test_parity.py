@@ -14,7 +14,7 @@ TOLERANCE = 1e-4
 CPU = EngineConfig(device="cpu", dtype="float32")
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2, *(pytest.param(seed, marks=pytest.mark.full) for seed in range(3, 13))])
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.full) for seed in range(2, 13))])
 @pytest.mark.parametrize("task", ["t2v", "i2v", "v2v"])
 @pytest.mark.parametrize("variant", ["base", "mid", "distilled"])
 def test_video_equals_diffusers(variant: str, task: str, seed: int, tmp_path) -> None:
