@@ -33,6 +33,7 @@ test: $(VENV)/.ready
 
 test-full: $(VENV)/.ready
 	$(BIN)/python -m pytest
+	HELIOS_OPS=reference $(BIN)/python -m pytest $(PLAIN) tests/parallel
 
 # The kernels alone, without torch: their C++ tests, plain and under the sanitizers, once per instruction set.
 kernels:

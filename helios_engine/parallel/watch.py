@@ -46,6 +46,7 @@ class Watch:
         self._on_failure = on_failure
         self._failure: tuple[int, str] | None = None
         self._gone: dict[int, float] = {}  # ranks that said goodbye, and when that was seen
+        self._interrupted: set[int] = set()
         self._waiting_since: float | None = None
         self._all_stopped = False
         self._interrupted_at: float | None = None
@@ -152,8 +153,9 @@ class Watch:
         """The failure behind a collective that broke; waits until it is known, within the timeout."""
         end = time.monotonic() + (self.timeout or 0.0)
         while self._failure is None and self._thread is not None and time.monotonic() < end:
-            if self._gone:
-                return RankFailure(min(self._gone), "has ended while this rank still needed it")
+            # A rank that was interrupted before it ended is no fault: this one's own interrupt is on its way.
+            if ended := self._gone.keys() - self._interrupted:
+                return RankFailure(min(ended), "has ended while this rank still needed it")
             time.sleep(0.05)
         if self._failure is None:
             self.report(error)
@@ -201,16 +203,20 @@ class Watch:
             rank, cause = json.loads(store.get("failed"))
             return rank, cause
         now = time.monotonic()
-        interrupted = [rank for rank in range(self.size) if store.check([f"interrupted/{rank}"])]
+        gone = dict(self._gone)
         for rank in range(self.size):
             key = f"alive/{rank}"
             sign = store.get(key) if store.check([key]) else b""
             if store.check([f"left/{rank}"]):
-                self._gone.setdefault(rank, now)
+                gone.setdefault(rank, now)
             elif rank not in seen or seen[rank][0] != sign:
                 seen[rank] = (sign, now)
             elif now - seen[rank][1] > silence:
                 return rank, f"has shown no sign of life for {silence:g} s: it was killed, or its machine is gone"
+        # Asked after the goodbyes and published before them: an interrupted rank posts its interrupt first.
+        interrupted = [rank for rank in range(self.size) if store.check([f"interrupted/{rank}"])]
+        self._interrupted = set(interrupted)
+        self._gone = gone
         since = self._waiting_since
         if self._gone and since is not None and now - max(since, min(self._gone.values())) > silence:
             return min(self._gone), "has ended while this rank still needed it"
