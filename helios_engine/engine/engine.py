@@ -22,7 +22,7 @@ from helios_engine.engine.control import Cancelled, Control
 from helios_engine.engine.frames import FrameCodec
 from helios_engine.engine.history import History, stacked_window
 from helios_engine.engine.media import Clip
-from helios_engine.engine.plan import Plan, make_plan
+from helios_engine.engine.plan import Plan, plan_for
 from helios_engine.engine.session import PromptEmbeddings, VideoSession, VideoStream
 from helios_engine.engine.state import SessionState
 from helios_engine.model.text import TextEncoder
@@ -111,14 +111,7 @@ class Engine:
         """What a request would compute; raises ValueError where this checkpoint cannot serve it."""
         if not isinstance(request, VideoRequest):
             raise ValueError(f"a request must be a VideoRequest, got {type(request).__name__}")
-        checkpoint = self.checkpoint
-        plan = make_plan(
-            request,
-            recipe=checkpoint.recipe,
-            scheduler=checkpoint.scheduler,
-            model=checkpoint.model,
-            has_text_encoder=checkpoint.has_text_encoder,
-        )
+        plan = plan_for(self.checkpoint, request)
         if self.context.degrees.cfg > 1 and not plan.is_guided:
             raise ValueError(
                 f"cfg degree 2 computes two guidance branches, but guidance_scale is {plan.recipe.guidance_scale:g}; "

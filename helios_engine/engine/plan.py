@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from helios_engine.config import LATENT_FRAMES_PER_CHUNK, ModelConfig, Recipe, SchedulerConfig
 from helios_engine.request import FRAMES_PER_CHUNK, VideoRequest
 from helios_engine.sampling.schedule import StageSchedule, stage_schedules
+
+if TYPE_CHECKING:
+    from helios_engine.engine.checkpoint import Checkpoint
 
 DISTILLED = "distilled"
 
@@ -82,6 +86,17 @@ def make_plan(
         history_tokens=_history_tokens(height, width),
         schedules=schedules,
         first_schedules=first,
+    )
+
+
+def plan_for(checkpoint: Checkpoint, request: VideoRequest) -> Plan:
+    """make_plan with a checkpoint's own configuration."""
+    return make_plan(
+        request,
+        recipe=checkpoint.recipe,
+        scheduler=checkpoint.scheduler,
+        model=checkpoint.model,
+        has_text_encoder=checkpoint.has_text_encoder,
     )
 
 

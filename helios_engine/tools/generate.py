@@ -15,7 +15,7 @@ from helios_engine.engine import conditioning
 from helios_engine.engine.checkpoint import Checkpoint
 from helios_engine.engine.engine import Engine, resolve_device, resolve_dtype
 from helios_engine.engine.memory import estimate_memory
-from helios_engine.engine.plan import Plan, make_plan
+from helios_engine.engine.plan import Plan, plan_for
 from helios_engine.engine.recording import Recording, RecordingWriter
 from helios_engine.engine.session import VideoSession
 from helios_engine.engine.state import SessionState
@@ -95,14 +95,7 @@ def prepare(options: Namespace) -> Job:
 def plan_request(model: str, request: VideoRequest, config: EngineConfig) -> tuple[Checkpoint, Plan]:
     """The checkpoint's configuration and what it makes of a request."""
     checkpoint = Checkpoint.open(model, config.revision)
-    plan = make_plan(
-        request,
-        recipe=checkpoint.recipe,
-        scheduler=checkpoint.scheduler,
-        model=checkpoint.model,
-        has_text_encoder=checkpoint.has_text_encoder,
-    )
-    return checkpoint, plan
+    return checkpoint, plan_for(checkpoint, request)
 
 
 def check_ranks(num_gpus: int, parallel: ParallelConfig, config: EngineConfig, *, guided: bool) -> Degrees:
