@@ -72,7 +72,7 @@ class Control:
         with self._lock:
             if self._computing:
                 return
-            if self._context.is_broken:  # nobody is left to hear it
+            if self._context.is_broken or self._context.is_interrupted:  # nobody can be counted on to hear it
                 self._over = True
             if not self._ask():
                 self._over = True

@@ -206,6 +206,16 @@ class ContextParallel:
         """True once a rank has failed: nothing more can be exchanged."""
         return self._watch is not None and self._watch.has_failed
 
+    @property
+    def is_interrupted(self) -> bool:
+        """True once this rank was told to stop: the others may be anywhere, so nothing is agreed with them any more."""
+        return self._watch is not None and self._watch.is_interrupted
+
+    def interrupt(self) -> None:
+        """Note that this rank was told to stop, as by Ctrl-C; a signal handler may call it."""
+        if self._watch is not None:
+            self._watch.interrupt()
+
     def agreed(self, prepare: Callable[[], T], facts: Callable[[T], Mapping[str, str]]) -> T:
         """What prepare returns, when it works on every rank and facts of it are equal on all; no collective.
 

@@ -6,6 +6,7 @@ it give up; the others see either, stop waiting, and name the rank and the cause
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import threading
@@ -47,6 +48,7 @@ class Watch:
         self._failure: tuple[int, str] | None = None
         self._gone: dict[int, float] = {}  # ranks that said goodbye, and when that was seen
         self._interrupted: set[int] = set()
+        self.is_interrupted = False  # this rank itself
         self._waiting_since: float | None = None
         self._all_stopped = False
         self._interrupted_at: float | None = None
@@ -56,6 +58,8 @@ class Watch:
         if timeout is not None:
             self._thread = threading.Thread(target=self._look_after, name="helios-watch", daemon=True)
             self._thread.start()
+            # The interpreter ends threads in the middle of a call into torch, which then aborts the process.
+            atexit.register(self._end_thread)
 
     @property
     def has_failed(self) -> bool:
@@ -127,17 +131,21 @@ class Watch:
         """
         if isinstance(error, RankFailure) or self.timeout is None:
             return
+        if isinstance(error, KeyboardInterrupt):
+            self.interrupt()
+            return
         with contextlib.suppress(dist.DistError):  # the store went down with its host; the others notice by themselves
-            if isinstance(error, KeyboardInterrupt):
-                self._store.set(f"interrupted/{self.rank}", "")
-                return
             cause = " ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST_CAUSE]
             self._store.compare_set("failed", "", json.dumps([self.rank, f"failed with {cause}"]))
             self._failure = self._failure or (self.rank, f"failed with {cause}")
 
+    def interrupt(self) -> None:
+        """This rank was told to stop. Only notes it, so that a signal handler may call it; the watch's thread says it."""
+        self.is_interrupted = True
+
     def cause_of_stop(self) -> RankFailure | None:
         """After an interrupt of this rank: the failure behind it, or None when all ranks were interrupted alike."""
-        self.report(KeyboardInterrupt())
+        self.interrupt()
         end = time.monotonic() + (self.timeout or 0.0)
         while self._failure is None and not self._all_stopped and time.monotonic() < end:
             time.sleep(0.05)
@@ -164,10 +172,14 @@ class Watch:
     def close(self) -> None:
         """Say goodbye, so that silence is not taken for a failure."""
         if self._thread is not None and not self._done.is_set():
-            self._done.set()
-            self._thread.join(timeout=_FAREWELL)
+            self._end_thread()
+            atexit.unregister(self._end_thread)
             if self._failure is None:
                 self._wait_for_all("left/{}")
+
+    def _end_thread(self) -> None:
+        self._done.set()
+        self._thread.join(timeout=_FAREWELL)
 
     def _wait_for_all(self, key: str) -> None:
         """On rank 0, which may hold the store up: stay a moment, until all the others have posted a key."""
@@ -185,17 +197,23 @@ class Watch:
         try:
             while True:
                 store.set(f"alive/{self.rank}", str(beat))
+                self._say_interrupted(store)
                 if self._failure is None and (found := self._find(store, seen, silence)):
                     self._failure = found
                     self._on_failure()
                 if self._done.wait(interval):
                     break
                 beat += 1
+            self._say_interrupted(store)
             store.set(f"left/{self.rank}", "")
         except dist.DistError:
             if not self._done.is_set():
                 self._failure = self._failure or (0, "or the launcher that held the run's store has gone")
                 self._on_failure()
+
+    def _say_interrupted(self, store: object) -> None:
+        if self.is_interrupted:
+            store.set(f"interrupted/{self.rank}", "")
 
     def _find(self, store: object, seen: dict[int, tuple[bytes, float]], silence: float) -> tuple[int, str] | None:
         """The failed rank and the cause, or None."""

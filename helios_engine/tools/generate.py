@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import signal
 import sys
+import threading
 from argparse import Namespace
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,11 +54,12 @@ def generate(options: Namespace, meeting: launch.Meeting) -> int:
     if options.num_gpus > 1 and launch.world_size() == 1:
         with _stopped_by_hand(job):
             return launch.start_ranks(options.num_gpus, options.arguments)
-        return 0
+        return 0 if Path(options.output).exists() else 1
     context = meeting.start(job.parallel, device=job.config.device, guided=job.plan.is_guided)
     first_process = context.word(os.getpid())
     try:
-        return _write_video(job, context)
+        with _interrupts_noted(context):
+            return _write_video(job, context)
     except (RankFailure, KeyboardInterrupt) as error:
         # When a rank dies, torchrun stops the others with the signal that also means "end, please".
         failure = error if isinstance(error, RankFailure) else context.cause_of_stop()
@@ -150,6 +154,25 @@ def _write_video(job: Job, context: ContextParallel) -> int:
                 writer.write(chunk)
     print(options.output)
     return 0
+
+
+@contextlib.contextmanager
+def _interrupts_noted(context: ContextParallel) -> Iterator[None]:
+    """An interrupt may arrive at any line; the context must know before anything is tidied up with the other ranks."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: object) -> None:
+        context.interrupt()
+        raise KeyboardInterrupt
+
+    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _stopped_by_hand(job: Job) -> contextlib.AbstractContextManager[None]:
