@@ -26,7 +26,7 @@ ISAS = {
 }
 COMMON = "-std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra"
 # Products and sums round one by one, as torch's own chain does.
-TWIN = f"{COMMON} -O3 -fopenmp -ffp-contract=off -fno-math-errno -fno-trapping-math"
+TWIN = f"{COMMON} -O3 -fopenmp -ffp-contract=off -fno-math-errno -fno-trapping-math -Wno-psabi"
 NVCC = "-std=c++17 -O3 -fmad=false -Xcompiler -fPIC,-fvisibility=hidden"
 GPUS = ("80", "90", "100", "120")
 

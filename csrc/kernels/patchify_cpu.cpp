@@ -33,6 +33,11 @@ void gather(const PatchGather& args) {
         for (int64_t dh = 0; dh < h; ++dh) {
           const int64_t y = row0 + dh < args.size[1] ? row0 + dh : args.size[1] - 1;
           const In* line = sample + c * strides[1] + frame * strides[2] + y * strides[3];
+          if (strides[4] == 1 && column0 + w <= args.size[2]) {
+            for (int64_t dw = 0; dw < w; ++dw)
+              *out++ = from_float<Out>(to_float(line[column0 + dw]));
+            continue;
+          }
           for (int64_t dw = 0; dw < w; ++dw) {
             const int64_t x = column0 + dw < args.size[2] ? column0 + dw : args.size[2] - 1;
             *out++ = from_float<Out>(to_float(line[x * strides[4]]));

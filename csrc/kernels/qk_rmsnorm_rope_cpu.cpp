@@ -1,48 +1,66 @@
-#include "cpu.h"
+#include "lanes.h"
 #include "qk_rmsnorm_rope.h"
 
 namespace helios {
 namespace HELIOS_ISA {
 namespace {
 
-constexpr int64_t kChunk = 256;  // elements of a head worked on at a time
-
 template <typename T>
 float inverse_rms(const T* x, int64_t width, float eps) {
-  float squares = 0.0f;
-#pragma omp simd reduction(+ : squares)
-  for (int64_t i = 0; i < width; ++i) squares += to_float(x[i]) * to_float(x[i]);
+  const float squares = sum_of(width, [=](auto kind, int64_t i) {
+    typedef typename decltype(kind)::type V;
+    return load<V>(x + i) * load<V>(x + i);
+  });
   return 1.0f / sqrtf(squares / static_cast<float>(width) + eps);
 }
 
-// One head's elements: x -> out, normalised, turned and scaled. x and out may be the same.
+constexpr int64_t kChunk = 256;  // elements of a head worked on at a time
+
+// A row's angles as every head needs them: pairs (e, o) become e * along[e] + o * across[e] and
+// o * along[o] + e * across[o].
+struct Turns {
+  float along[kChunk], across[kChunk];
+};
+
+int64_t chunk_of(int64_t left) { return left < kChunk ? left : kChunk; }
+
+Turns spread(const float* rotation, int64_t count) {
+  Turns turns;
+  for (int64_t i = 0; i < count; i += 2) {
+    turns.along[i] = turns.along[i + 1] = rotation[i];
+    turns.across[i] = -rotation[i + 1];
+    turns.across[i + 1] = rotation[i + 1];
+  }
+  return turns;
+}
+
+HELIOS_INLINE Lanes swap_pairs(Lanes x) {
+  return __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+}
+
+// A head's elements, or kChunk of them: x -> out, normalised, turned and scaled. x and out may be
+// the same.
 template <typename T>
-void turn_head(const T* x, T* out, const T* weight, float scale, const float* rotation,
-               float amplify, int64_t head_dim) {
-  float normed[kChunk];
-  for (int64_t start = 0; start < head_dim; start += kChunk) {
-    const int64_t count = head_dim - start < kChunk ? head_dim - start : kChunk;
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) {
-      normed[i] =
-          to_float(from_float<T>(to_float(x[start + i]) * scale * to_float(weight[start + i])));
+HELIOS_INLINE void turn_head(const T* x, T* out, const T* weight, float scale, const Turns& turns,
+                             float amplify, int64_t count, int64_t ahead) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    __builtin_prefetch(x + ahead + i);
+    const Lanes normed = rounded_to<T>(load<Lanes>(x + i) * scale * load<Lanes>(weight + i));
+    Lanes turned =
+        normed * load<Lanes>(turns.along + i) + swap_pairs(normed) * load<Lanes>(turns.across + i);
+    if (amplify != 1.0f) turned = rounded_to<T>(turned) * amplify;
+    store(out + i, turned);
+  }
+  for (; i < count; i += 2) {
+    float normed[2];
+    for (int64_t k = 0; k < 2; ++k)
+      normed[k] = rounded_to<T>(to_float(x[i + k]) * scale * to_float(weight[i + k]));
+    for (int64_t k = 0; k < 2; ++k) {
+      float turned = normed[k] * turns.along[i + k] + normed[1 - k] * turns.across[i + k];
+      if (amplify != 1.0f) turned = rounded_to<T>(turned) * amplify;
+      store(out + i + k, turned);
     }
-    const float* turns = rotation + start;
-    float turned[kChunk];
-#pragma omp simd
-    for (int64_t i = 0; i < count / 2; ++i) {
-      const float even = normed[2 * i], odd = normed[2 * i + 1];
-      const float cosine = turns[2 * i], sine = turns[2 * i + 1];
-      turned[2 * i] = even * cosine - odd * sine;
-      turned[2 * i + 1] = even * sine + odd * cosine;
-    }
-    // Loops of their own: the pairs vectorise in float32 only.
-    if (amplify != 1.0f) {
-#pragma omp simd
-      for (int64_t i = 0; i < count; ++i) turned[i] = to_float(from_float<T>(turned[i])) * amplify;
-    }
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) out[start + i] = from_float<T>(turned[i]);
   }
 }
 
@@ -50,7 +68,8 @@ template <typename T>
 void finish_row(const QkRmsnormRope& args, int64_t batch, int64_t row) {
   T* qkv = row_at<T>(args.qkv, batch, row);
   const float* rotation = args.rotation + row * args.head_dim;
-  const int64_t num_heads = args.width / args.head_dim;
+  const int64_t num_heads = args.width / args.head_dim, first_count = chunk_of(args.head_dim);
+  const Turns first = spread(rotation, first_count);
   const int num_parts = args.packed == nullptr ? 2 : 3;
   for (int part = row < args.first_query ? 1 : 0; part < num_parts; ++part) {
     T* x = qkv + part * args.width;
@@ -76,8 +95,15 @@ void finish_row(const QkRmsnormRope& args, int64_t batch, int64_t row) {
         memcpy(out, x + head * args.head_dim, args.head_dim * sizeof(T));
         continue;
       }
-      turn_head(x + head * args.head_dim, out, weight + head * args.head_dim, scale, rotation,
-                amplified ? args.history_scale[head] : 1.0f, args.head_dim);
+      const float amplify = amplified ? args.history_scale[head] : 1.0f;
+      const T *head_x = x + head * args.head_dim, *head_weight = weight + head * args.head_dim;
+      turn_head(head_x, out, head_weight, scale, first, amplify, first_count, args.qkv.row_stride);
+      for (int64_t i = first_count; i < args.head_dim; i += kChunk) {
+        const int64_t count = chunk_of(args.head_dim - i);
+        const Turns turns = spread(rotation + i, count);
+        turn_head(head_x + i, out + i, head_weight + i, scale, turns, amplify, count,
+                  args.qkv.row_stride);
+      }
     }
   }
 }
@@ -98,9 +124,10 @@ void run_rows(const RmsnormRows& args) {
   for (int64_t index = 0; index < total; ++index) {
     T* x = row_at<T>(args.x, index / args.rows, index % args.rows);
     const float scale = inverse_rms(x, args.width, args.eps);
-#pragma omp simd
-    for (int64_t i = 0; i < args.width; ++i)
-      x[i] = from_float<T>(to_float(x[i]) * scale * to_float(weight[i]));
+    for_each(args.width, [=](auto kind, int64_t i) {
+      typedef typename decltype(kind)::type V;
+      store(x + i, load<V>(x + i) * scale * load<V>(weight + i));
+    });
   }
 }
 

@@ -1,40 +1,44 @@
-#include "cpu.h"
+#include "lanes.h"
 #include "residual_gate_norm.h"
 
 namespace helios {
 namespace HELIOS_ISA {
 namespace {
 
+// x += y * gate, and the sum of the rounded results.
 template <typename T>
-void add_row(T* x, const T* y, const float* gate, int64_t width) {
-  if (gate == nullptr) {
-#pragma omp simd
-    for (int64_t i = 0; i < width; ++i) x[i] = from_float<T>(to_float(x[i]) + to_float(y[i]));
-    return;
-  }
-#pragma omp simd
-  for (int64_t i = 0; i < width; ++i)
-    x[i] = from_float<T>(to_float(x[i]) + to_float(y[i]) * gate[i]);
+float add_row(T* x, const T* y, const float* gate, int64_t width) {
+  return sum_of(width, [=](auto kind, int64_t i) {
+    typedef typename decltype(kind)::type V;
+    const V added = gate == nullptr ? load<V>(y + i) : load<V>(y + i) * load<V>(gate + i);
+    store(x + i, load<V>(x + i) + added);
+    return load<V>(x + i);
+  });
 }
 
 template <typename T>
-void norm_row(const T* x, T* out, const float* weight, const float* bias, int64_t width,
-              float eps) {
-  float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < width; ++i) sum += to_float(x[i]);
+float sum_row(const T* x, int64_t width) {
+  return sum_of(width, [=](auto kind, int64_t i) {
+    typedef typename decltype(kind)::type V;
+    return load<V>(x + i);
+  });
+}
+
+// next and next_y are what comes from memory while this row is computed.
+template <typename T>
+void norm_row(const T* x, const T* next, const T* next_y, float sum, T* out, const float* weight,
+              const float* bias, int64_t width, float eps) {
   const float mean = sum / static_cast<float>(width);
-  float squares = 0.0f;
-#pragma omp simd reduction(+ : squares)
-  for (int64_t i = 0; i < width; ++i) {
-    const float distance = to_float(x[i]) - mean;
-    squares += distance * distance;
-  }
+  const float squares = sum_of(width, [=](auto kind, int64_t i) {
+    typedef typename decltype(kind)::type V;
+    const V distance = load<V>(x + i) - mean;
+    return distance * distance;
+  });
   const float inverse_std = 1.0f / sqrtf(squares / static_cast<float>(width) + eps);
-#pragma omp simd
-  for (int64_t i = 0; i < width; ++i) {
-    out[i] = from_float<T>((to_float(x[i]) - mean) * inverse_std * weight[i] + bias[i]);
-  }
+  for_each(width, [=](auto kind, int64_t i) {
+    typedef typename decltype(kind)::type V;
+    store(out + i, (load<V>(x + i) - mean) * inverse_std * load<V>(weight + i) + load<V>(bias + i));
+  });
 }
 
 template <typename T>
@@ -45,12 +49,12 @@ void run(const ResidualGateNorm& args) {
     const int64_t batch = index / args.rows, row = index % args.rows;
     const int64_t segment = row < args.num_history ? 0 : 1;
     T* x = row_at<T>(args.x, batch, row);
-    if (args.y.data != nullptr) {
-      const float* gate = args.gate == nullptr ? nullptr : args.gate + segment * args.gate_stride;
-      add_row(x, row_at<T>(args.y, batch, row), gate, args.width);
-    }
+    const T* y = args.y.data == nullptr ? nullptr : row_at<T>(args.y, batch, row);
+    const float* gate = args.gate == nullptr ? nullptr : args.gate + segment * args.gate_stride;
+    const float sum = y == nullptr ? sum_row(x, args.width) : add_row(x, y, gate, args.width);
     if (args.out.data != nullptr) {
-      norm_row(x, row_at<T>(args.out, batch, row), args.weight + segment * args.weight_stride,
+      norm_row(x, x + args.x.row_stride, y == nullptr ? x : y + args.y.row_stride, sum,
+               row_at<T>(args.out, batch, row), args.weight + segment * args.weight_stride,
                args.bias + segment * args.bias_stride, args.width, args.eps);
     }
   }

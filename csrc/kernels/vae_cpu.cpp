@@ -1,4 +1,4 @@
-#include "cpu.h"
+#include "lanes.h"
 #include "vae.h"
 
 namespace helios {
@@ -9,52 +9,58 @@ inline int64_t offset(const int64_t* strides, int64_t batch, int64_t frame, int6
   return batch * strides[0] + frame * strides[1] + row * strides[2];
 }
 
-// e^x to about 2e-7 relative, so that silu vectorises without a vector math library.
-inline float exponential(float x) {
-  const float clamped = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
-  const float scaled = clamped * 1.44269504088896341f;
-  const float whole = __builtin_floorf(scaled + 0.5f);
-  const float rest = (clamped - whole * 0.693359375f) - whole * -2.12194440e-4f;
-  float power = 1.9875691500e-4f;
-  power = power * rest + 1.3981999507e-3f;
+HELIOS_INLINE float power_of_two(float whole) {
+  const uint32_t bits = static_cast<uint32_t>(static_cast<int32_t>(whole) + 127) << 23;
+  float factor;
+  memcpy(&factor, &bits, sizeof factor);
+  return factor;
+}
+
+HELIOS_INLINE Lanes power_of_two(Lanes whole) {
+  typedef int32_t LaneInts __attribute__((vector_size(64)));
+  return (Lanes)((LaneBits)(__builtin_convertvector(whole, LaneInts) + 127) << 23);
+}
+
+// e^x to about 2e-7 relative, so that silu needs no vector math library.
+template <typename V>
+HELIOS_INLINE V exponential(V x) {
+  const V low = V{} - 87.0f, high = V{} + 88.0f;
+  const V clamped = x < -87.0f ? low : (x > 88.0f ? high : x);
+  const V numbers = clamped == clamped ? clamped : low;  // a NaN has no whole part
+  const V whole = (numbers * 1.44269504088896341f + 12582912.0f) - 12582912.0f;
+  const V rest = (numbers - whole * 0.693359375f) - whole * -2.12194440e-4f;
+  V power = rest * 1.9875691500e-4f + 1.3981999507e-3f;
   power = power * rest + 8.3334519073e-3f;
   power = power * rest + 4.1665795894e-2f;
   power = power * rest + 1.6666665459e-1f;
   power = power * rest + 5.0000001201e-1f;
   power = power * rest * rest + rest + 1.0f;
-  const uint32_t bits = static_cast<uint32_t>(static_cast<int32_t>(whole) + 127) << 23;
-  float factor;
-  memcpy(&factor, &bits, sizeof factor);
-  return x != x ? x : power * factor;
+  return x == x ? power * power_of_two(whole) : x;
 }
 
 template <typename T>
-void norm_pixel(const T* x, T* out, const T* gamma, int64_t channels, float root, bool silu) {
-  float squares = 0.0f;
-#pragma omp simd reduction(+ : squares)
-  for (int64_t c = 0; c < channels; ++c) squares += to_float(x[c]) * to_float(x[c]);
+HELIOS_INLINE void norm_pixel(const T* x, T* out, const T* gamma, int64_t channels, float root,
+                              bool silu) {
+  const float squares = sum_of(channels, [=](auto kind, int64_t c) {
+    typedef typename decltype(kind)::type V;
+    return load<V>(x + c) * load<V>(x + c);
+  });
   const float length = sqrtf(squares);
   const float norm = length < 1e-12f ? 1e-12f : length;
-#pragma omp simd
-  for (int64_t c = 0; c < channels; ++c) {
-    float value;
+  const float inverse = 1.0f / norm;
+  for_each(channels, [=](auto kind, int64_t c) {
+    typedef typename decltype(kind)::type V;
+    V value;
     if (sizeof(T) == 4) {
-      value = to_float(x[c]) / norm * (to_float(gamma[c]) * root);
+      value = load<V>(x + c) * inverse * (load<V>(gamma + c) * root);
     } else {
-      value = to_float(from_float<T>(to_float(x[c]) / norm));
-      value = to_float(from_float<T>(value * root));
-      value = to_float(from_float<T>(value * to_float(gamma[c])));
+      value = rounded_to<T>(load<V>(x + c) / norm);
+      value = rounded_to<T>(value * root);
+      value = rounded_to<T>(value * load<V>(gamma + c));
     }
-    out[c] = from_float<T>(value);
-  }
-  if (!silu) return;
-  // A loop of its own: together the two did not vectorise. The value is of dtype already, so
-  // nothing is rounded twice.
-#pragma omp simd
-  for (int64_t c = 0; c < channels; ++c) {
-    const float value = to_float(out[c]);
-    out[c] = from_float<T>(value / (1.0f + exponential(-value)));
-  }
+    if (silu) value = value / (exponential(-value) + 1.0f);
+    store(out + c, value);
+  });
 }
 
 template <typename T>
@@ -91,12 +97,13 @@ void add(const BiasResidual& args) {
                    offset(args.residual.strides, batch, frame, row) +
                    column * args.residual.strides[3];
       }
-#pragma omp simd
-      for (int64_t c = 0; c < args.channels; ++c) {
-        const float added = (bias == nullptr ? 0.0f : to_float(bias[c])) +
-                            (residual == nullptr ? 0.0f : to_float(residual[c]));
-        x[c] = from_float<T>(to_float(x[c]) + added);
-      }
+      for_each(args.channels, [=](auto kind, int64_t c) {
+        typedef typename decltype(kind)::type V;
+        V added = {};
+        if (bias != nullptr) added = added + load<V>(bias + c);
+        if (residual != nullptr) added = added + load<V>(residual + c);
+        store(x + c, load<V>(x + c) + added);
+      });
     }
   }
 }

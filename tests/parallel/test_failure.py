@@ -197,7 +197,7 @@ def test_a_killed_run_is_resumed(toy, tmp_path) -> None:
     ("leaving", "cause"),
     [
         ("context.close(); sys.exit()", "rank 1 has ended while this rank still needed it"),
-        ("session.close(); time.sleep(30)", "rank 1 failed with RuntimeError: closed its video before rank 0 did"),
+        ("session.close(); time.sleep(9)", "rank 1 failed with RuntimeError: closed its video before rank 0 did"),
     ],
 )
 def test_a_rank_that_leaves_alone_is_named(toy, leaving: str, cause: str) -> None:

@@ -1,0 +1,161 @@
+// Sixteen floats at a time, with the compiler's vector types: one body of code for whole lanes and
+// for the elements left over, and sums that do not wait for one addition after another.
+
+#pragma once
+
+#include "cpu.h"
+
+#ifdef __AVX512F__
+#include <immintrin.h>  // for conversions alone: the compiler splits those of its own vectors
+#endif
+
+#define HELIOS_INLINE inline __attribute__((always_inline))
+
+namespace helios {
+namespace HELIOS_ISA {
+
+constexpr int64_t kLanes = 16;
+typedef float Lanes __attribute__((vector_size(64)));
+typedef uint32_t LaneBits __attribute__((vector_size(64)));
+typedef uint16_t LaneHalves __attribute__((vector_size(32)));
+
+template <typename V>
+struct Kind {
+  typedef V type;
+};
+
+// x[i] as V: one element or sixteen, in float32.
+template <typename V, typename T>
+struct Access {
+  static HELIOS_INLINE V load(const T* x) { return to_float(*x); }
+  static HELIOS_INLINE void store(T* x, V value) { *x = from_float<T>(value); }
+};
+
+template <>
+struct Access<Lanes, float> {
+  static HELIOS_INLINE Lanes load(const float* x) {
+    Lanes value;
+    memcpy(&value, x, sizeof value);
+    return value;
+  }
+  static HELIOS_INLINE void store(float* x, Lanes value) { memcpy(x, &value, sizeof value); }
+};
+
+// The upper halves of sixteen words, and back.
+HELIOS_INLINE LaneBits widen(LaneHalves halves) {
+#ifdef __AVX512F__
+  return (LaneBits)_mm512_cvtepu16_epi32((__m256i)halves) << 16;
+#else
+  return __builtin_convertvector(halves, LaneBits) << 16;
+#endif
+}
+
+HELIOS_INLINE LaneHalves narrow(LaneBits bits) {
+#ifdef __AVX512F__
+  return (LaneHalves)_mm512_cvtepi32_epi16((__m512i)(bits >> 16));
+#else
+  return __builtin_convertvector(bits >> 16, LaneHalves);
+#endif
+}
+
+// The bits of a float rounded to bfloat16, in their upper halves; the lower ones hold anything.
+HELIOS_INLINE LaneBits round_to_bfloat16(Lanes value) {
+  const LaneBits bits = (LaneBits)value;
+  const LaneBits nan = bits * 0u + 0x7fc00000u;
+  return value == value ? bits + 0x7fffu + ((bits >> 16) & 1u) : nan;
+}
+
+template <>
+struct Access<Lanes, BFloat16> {
+  static HELIOS_INLINE Lanes load(const BFloat16* x) {
+    LaneHalves halves;
+    memcpy(&halves, x, sizeof halves);
+    return (Lanes)widen(halves);
+  }
+  static HELIOS_INLINE void store(BFloat16* x, Lanes value) {
+    const LaneHalves halves = narrow(round_to_bfloat16(value));
+    memcpy(x, &halves, sizeof halves);
+  }
+};
+
+template <>
+struct Access<Lanes, Float16> {
+  static HELIOS_INLINE Lanes load(const Float16* x) {
+#ifdef __AVX512F__
+    return (Lanes)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+#else
+    Lanes value;
+    for (int64_t i = 0; i < kLanes; ++i) value[i] = to_float(x[i]);
+    return value;
+#endif
+  }
+  static HELIOS_INLINE void store(Float16* x, Lanes value) {
+#ifdef __AVX512F__
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(x),
+                        _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT));
+#else
+    for (int64_t i = 0; i < kLanes; ++i) x[i] = from_float<Float16>(value[i]);
+#endif
+  }
+};
+
+template <typename V, typename T>
+HELIOS_INLINE V load(const T* x) {
+  return Access<V, T>::load(x);
+}
+template <typename V, typename T>
+HELIOS_INLINE void store(T* x, V value) {
+  Access<V, T>::store(x, value);
+}
+
+// Rounded to T and back.
+template <typename T, typename V>
+struct Rounding {
+  static HELIOS_INLINE V round(V value) {
+    T kept[sizeof(V) / sizeof(float)];
+    store(kept, value);
+    return load<V>(kept);
+  }
+};
+
+template <>
+struct Rounding<BFloat16, Lanes> {
+  static HELIOS_INLINE Lanes round(Lanes value) {
+    // A NaN stays one: those of arithmetic on bfloat16 have nothing in their lower halves to carry
+    // over.
+    const LaneBits bits = (LaneBits)value;
+    return (Lanes)((bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u);
+  }
+};
+
+template <typename T, typename V>
+HELIOS_INLINE V rounded_to(V value) {
+  return Rounding<T, V>::round(value);
+}
+
+// body(kind, i) for all i below n: in lanes, then one by one; kind's type says which.
+template <typename Body>
+HELIOS_INLINE void for_each(int64_t n, Body body) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) body(Kind<Lanes>(), i);
+  for (; i < n; ++i) body(Kind<float>(), i);
+}
+
+// The sum of term(kind, i), four lanes under way at once.
+template <typename Term>
+HELIOS_INLINE float sum_of(int64_t n, Term term) {
+  Lanes sums[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+    for (int64_t k = 0; k < 4; ++k) sums[k] += term(Kind<Lanes>(), i + k * kLanes);
+  }
+  for (; i + kLanes <= n; i += kLanes) sums[0] += term(Kind<Lanes>(), i);
+  const Lanes all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  float result = 0.0f;
+  for (int64_t k = 0; k < kLanes; ++k) result += all[k];
+  for (; i < n; ++i) result += term(Kind<float>(), i);
+  return result;
+}
+
+}  // namespace HELIOS_ISA
+}  // namespace helios
