@@ -94,7 +94,7 @@ def test_rmsnorm_knows_no_scale(case: dict, power: int) -> None:
 
 
 @drawn
-@given(st.integers(1, 6), st.integers(1, 40), st.integers(1, 7), dtypes, st.floats(-3, 3), st.integers(0, 7), st.data())
+@given(st.integers(1, 6), st.integers(1, 40), st.integers(1, 7), dtypes, st.floats(-3, 3), st.integers(0, 7))
 def test_rotations_keep_lengths_and_see_distances_only(
     heads: int, pairs: int, rows: int, dtype: torch.dtype, shift: float, cut: int
 ) -> None:
