@@ -16,10 +16,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from helios_engine.config import EngineConfig, ParallelConfig
 from helios_engine.parallel import launch
 from helios_engine.parallel.watch import RankFailure
 from helios_engine.request import VideoRequest
+from helios_engine.settings import EngineConfig, ParallelConfig
 
 PROGRAM = "helios-engine"
 BAD_INPUT = 2

@@ -1,15 +1,14 @@
-"""What is fixed when an engine is loaded: the checkpoint's own JSON, the recipe of its variant, and the user's settings."""
+"""What a checkpoint fixes: its own JSON and the recipe of its variant. A user's settings are in settings.py."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
-import re
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 LATENT_FRAMES_PER_CHUNK = 9
@@ -27,12 +26,6 @@ WAN_LATENTS_STD = (
 )
 
 VARIANTS = ("base", "mid", "distilled")
-ATTENTION_BACKENDS = ("auto", "fa3", "fa4", "fa2", "cudnn", "flash", "sdpa")
-EXCHANGES = ("packed", "xfuser")
-RING_METHODS = ("rotate", "allgather")
-TEXT_ENCODER_RANKS = ("first", "all")
-DTYPES = ("auto", "bfloat16", "float32")
-VAE_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def read_json(path: Path) -> dict[str, object]:
@@ -358,102 +351,3 @@ class Recipe:
         return cls(
             "mid", steps=(20,) * scheduler.stages, guidance_scale=5.0, cfg_zero_star=zero_star, zero_init=zero_star
         )
-
-
-@dataclass(frozen=True, slots=True)
-class ParallelConfig:
-    """How several ranks share the work; None leaves a degree to the documented rule."""
-
-    ulysses_degree: int | None = field(
-        default=None, metadata={"help": "ranks that share out heads; all that are left, by default"}
-    )
-    ring_degree: int | None = field(
-        default=None, metadata={"help": "ranks that pass keys and values round; 1 by default"}
-    )
-    cfg_degree: int | None = field(
-        default=None,
-        metadata={"help": "2 computes the two guidance branches on two halves of the ranks; default where it divides"},
-    )
-    rank_timeout: float = field(
-        default=30.0, metadata={"help": "seconds within which all ranks end when one raises, dies or hangs"}
-    )
-
-    def __post_init__(self) -> None:
-        is_number = isinstance(self.rank_timeout, int | float) and not isinstance(self.rank_timeout, bool)
-        _require(
-            is_number and 5 <= self.rank_timeout <= 86400,
-            f"rank_timeout must be between 5 and 86400 seconds, got {self.rank_timeout!r}",
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class EngineConfig:
-    """Settings fixed for the life of an engine. The command line's flags are these fields."""
-
-    device: str = field(default="auto", metadata={"help": "cuda, cuda:N or cpu; auto takes the GPU where there is one"})
-    dtype: str = field(
-        default="auto",
-        metadata={
-            "help": "transformer and text encoder numbers; auto is bfloat16 on a GPU, float32 on the CPU",
-            "choices": DTYPES,
-        },
-    )
-    vae_dtype: str = field(
-        default="float32",
-        metadata={
-            "help": "video decoder numbers; float32 is the reference, float16 and bfloat16 are faster",
-            "choices": VAE_DTYPES,
-        },
-    )
-    attention_backend: str = field(
-        default="auto",
-        metadata={
-            "help": "auto takes the fastest exact one; naming one that cannot run is an error",
-            "choices": ATTENTION_BACKENDS,
-        },
-    )
-    exchange: str = field(
-        default="packed",
-        metadata={
-            "help": "how ranks trade tokens for heads: packed is this engine's own, xfuser that package's (a cross-check)",
-            "choices": EXCHANGES,
-        },
-    )
-    ring_method: str = field(
-        default="rotate",
-        metadata={
-            "help": "rotate passes keys and values round while attending, allgather collects them first",
-            "choices": RING_METHODS,
-        },
-    )
-    shard_vae: bool = field(
-        default=True, metadata={"help": "decode and encode pictures by rows, on all ranks together"}
-    )
-    text_encoder_ranks: str = field(
-        default="first",
-        metadata={
-            "help": "first keeps the text encoder on rank 0, which sends the embeddings; all loads it on every rank",
-            "choices": TEXT_ENCODER_RANKS,
-        },
-    )
-    check_ranks: bool = field(
-        default=False, metadata={"help": "check after every step that all ranks hold identical latents (debugging)"}
-    )
-    revision: str | None = field(default=None, metadata={"help": "hub revision when the model is a hub id"})
-
-    def __post_init__(self) -> None:
-        for name, choices in (
-            ("dtype", DTYPES),
-            ("vae_dtype", VAE_DTYPES),
-            ("attention_backend", ATTENTION_BACKENDS),
-            ("exchange", EXCHANGES),
-            ("ring_method", RING_METHODS),
-            ("text_encoder_ranks", TEXT_ENCODER_RANKS),
-        ):
-            value = getattr(self, name)
-            _require(value in choices, f"{name} must be one of {', '.join(choices)}, got {value!r}")
-        for name in ("shard_vae", "check_ranks"):
-            value = getattr(self, name)
-            _require(isinstance(value, bool), f"{name} must be true or false, got {value!r}")
-        known = isinstance(self.device, str) and re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device)
-        _require(known, f"device must be auto, cpu, cuda or cuda:N with a number, got {self.device!r}")

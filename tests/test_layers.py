@@ -12,17 +12,30 @@ PACKAGE = Path(__file__).parent.parent / "helios_engine"
 # Layer -> layers it may import from. Modules at the top of the package are layers of their own.
 ALLOWED = {
     "config": set(),
+    "settings": set(),
     "trace": set(),
     "ops": {"config", "trace"},
-    "parallel": {"config", "ops", "trace"},
+    "parallel": {"config", "settings", "ops", "trace"},
     "model": {"config", "ops", "parallel", "trace"},
     "sampling": {"config", "ops"},
     "request": {"config"},
     "output": {"request", "model", "trace"},
-    "engine": {"config", "ops", "parallel", "model", "sampling", "request", "output", "trace", "__init__"},
-    "tools": {"config", "ops", "parallel", "model", "sampling", "request", "output", "engine", "trace", "__init__"},
-    "cli": {"config", "parallel", "request", "output", "engine", "tools"},
-    "__init__": {"config", "parallel", "request", "output", "engine"},
+    "engine": {"config", "settings", "ops", "parallel", "model", "sampling", "request", "output", "trace", "__init__"},
+    "tools": {
+        "config",
+        "settings",
+        "ops",
+        "parallel",
+        "model",
+        "sampling",
+        "request",
+        "output",
+        "engine",
+        "trace",
+        "__init__",
+    },
+    "cli": {"settings", "parallel", "request", "output", "engine", "tools"},
+    "__init__": {"settings", "parallel", "request", "output", "engine"},
 }
 # Loaded where they are used, never by `import helios_engine`.
 LAZY = ("av", "ftfy", "PIL", "transformers", "huggingface_hub", "tqdm", "yaml", "nvtx", "diffusers", "pybind11")

@@ -87,17 +87,31 @@ class Checkpoint:
 
     def load_transformer(self, device: torch.device, dtype: torch.dtype) -> Transformer:
         transformer = make_transformer(self.model, device, dtype)
-        load_slots(self.folder / "transformer", transformer.checkpoint_slots(), rename=transformer_name)
+        self.fill_transformer(transformer)
         return transformer
 
+    def fill_transformer(self, transformer: Transformer) -> None:
+        """Read the weights into parameters that have memory."""
+        load_slots(self.folder / "transformer", transformer.checkpoint_slots(), rename=transformer_name)
+
     def load_vae(self, device: torch.device, dtype: torch.dtype) -> VideoAutoencoder:
+        vae = self.make_vae(device, dtype)
+        self.fill_vae(vae)
+        return vae
+
+    def make_vae(self, device: torch.device, dtype: torch.dtype) -> VideoAutoencoder:
+        """An autoencoder without weights on the device, or without memory on the meta device."""
         with torch.device("meta"):
             vae = VideoAutoencoder(self.vae).to(dtype)
-        vae.to_empty(device=device).requires_grad_(False).channels_last_()
+        return vae.to_empty(device=device).requires_grad_(False)
+
+    def fill_vae(self, vae: VideoAutoencoder) -> None:
+        """Read the weights into parameters that have memory, channels last."""
+        vae.channels_last_()
+        device = vae.quant_conv.weight.device
         statistics = torch.tensor([self.vae.latents_mean, self.vae.latents_std], dtype=torch.float32, device=device)
         vae.statistics = statistics.view(2, 1, -1, 1, 1, 1)
         load_slots(self.folder / "vae", vae.checkpoint_slots())
-        return vae
 
     def load_text_encoder(self, device: torch.device, dtype: torch.dtype) -> TextEncoder | None:
         if not self.has_text_encoder:

@@ -13,15 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from helios_engine.config import EngineConfig
 from helios_engine.engine import conditioning
 from helios_engine.engine.checkpoint import Checkpoint
 from helios_engine.engine.checks import check_same_latents, check_same_shape, check_state
 from helios_engine.engine.chunk import ChunkJob, StepCallback, denoise_chunk
 from helios_engine.engine.control import Cancelled, Control
+from helios_engine.engine.devices import resolve_device, resolve_dtype
 from helios_engine.engine.frames import FrameCodec
 from helios_engine.engine.history import History, stacked_window
 from helios_engine.engine.media import Clip
+from helios_engine.engine.memory import advise_memory
+from helios_engine.engine.offload import Turns, load_components
 from helios_engine.engine.plan import Plan, plan_for
 from helios_engine.engine.session import PromptEmbeddings, VideoSession, VideoStream
 from helios_engine.engine.state import SessionState
@@ -36,6 +38,7 @@ from helios_engine.parallel.context import ContextParallel
 from helios_engine.request import ChunkTiming, VideoChunk, VideoRequest
 from helios_engine.sampling.noise import NoiseSource
 from helios_engine.sampling.pyramid import block_noise_factor
+from helios_engine.settings import EngineConfig
 from helios_engine.trace import span
 
 logger = logging.getLogger(__name__)
@@ -53,11 +56,14 @@ class Engine:
         text_encoder: TextEncoder | None,
         config: EngineConfig,
         context: ContextParallel | None = None,
+        turns: Turns | None = None,
     ) -> None:
         self.checkpoint, self.config = checkpoint, config
         self.transformer, self.vae, self.text_encoder = transformer, vae, text_encoder
+        self._turns = turns
         weight = transformer.project_out.weight
-        self.device, self.dtype = weight.device, weight.dtype
+        self.device = resolve_device(config.device) if weight.is_meta else weight.device
+        self.dtype = weight.dtype
         attention = choose_attention(
             config.attention_backend,
             device=self.device,
@@ -78,7 +84,8 @@ class Engine:
         context says which ranks work together; one process alone by default. All of its ranks load, with the same
         arguments, and make the same calls afterwards; frames are on rank 0 only, latents on every rank.
 
-        Weights stream tensor by tensor to the device in the target dtype, so host memory stays near one tensor.
+        Weights stream tensor by tensor to the device in the target dtype, so host memory stays near one tensor; with
+        config.offload they come to the device when they are needed.
         Raises ValueError when the checkpoint or a setting is unusable, before anything large is read.
         """
         config, context = config or EngineConfig(), context or ContextParallel.single()
@@ -88,14 +95,16 @@ class Engine:
             )[0]
             device, dtype = resolve_device(config.device), resolve_dtype(config)
             encodes_text = context.is_first or config.text_encoder_ranks == "all"
-            with context.guard():
+            with context.guard(), advise_memory(checkpoint, config):
+                parts = load_components(checkpoint, config, device, dtype, encodes_text=encodes_text)
                 engine = cls(
                     checkpoint,
-                    transformer=checkpoint.load_transformer(device, dtype),
-                    vae=checkpoint.load_vae(device, getattr(torch, config.vae_dtype)),
-                    text_encoder=checkpoint.load_text_encoder(device, dtype) if encodes_text else None,
+                    transformer=parts.transformer,
+                    vae=parts.vae,
+                    text_encoder=parts.text_encoder,
                     config=config,
                     context=context,
+                    turns=parts.turns,
                 )
         logger.info(
             "loaded %s (%s) on %s in %s, attention %s",
@@ -234,11 +243,19 @@ class Engine:
         index = sessions[0].index
         drawn = [session.noise.state() for session in sessions]
         try:
-            with span("chunk"), self.context.guard(expected=(Cancelled,)), sessions[0].control.computing():
+            with (
+                span("chunk"),
+                self.context.guard(expected=(Cancelled,)),
+                sessions[0].control.computing(),
+                advise_memory(self.checkpoint, self.config, sessions[0].plan),
+            ):
+                self._bring("transformer")
                 start = self._clock()
                 job = self._job(sessions)
                 latents = denoise_chunk(self.transformer, self.checkpoint.scheduler, self._noise_factor, job)
                 denoised = self._clock()
+                self.transformer.rest()
+                self._bring("vae")
                 own = [part.clone() if len(sessions) > 1 else part for part in latents.split(1)]
                 frames = [self._decode(s, part, index) for s, part in zip(sessions, own, strict=True)]
                 end = self._clock()
@@ -278,9 +295,12 @@ class Engine:
         self, request: VideoRequest, plan: Plan, pixels: Tensor | Clip | None, on_step: StepCallback | None
     ) -> VideoSession:
         noise = NoiseSource(request.seed)
-        with self.context.guard():
+        with self.context.guard(), advise_memory(self.checkpoint, self.config, plan):
             with span("text_encode"):
+                self._bring("text_encoder")
                 prompt = self._encode_prompt(request, plan)
+            if pixels is not None:
+                self._bring("vae")
             history = conditioning.start_history(
                 request, pixels, noise, self._frames, channels=self.checkpoint.model.in_channels, device=self.device
             )
@@ -328,6 +348,7 @@ class Engine:
         index: int = 0,
         on_step: StepCallback | None,
     ) -> VideoSession:
+        self._bring("transformer")
         branches = (prompt.positive, prompt.negative) if plan.is_guided else (prompt.positive,)
         if self.context.degrees.cfg > 1:
             branches = branches[self.context.cfg_rank : self.context.cfg_rank + 1]
@@ -364,6 +385,11 @@ class Engine:
             own = torch.empty(shape, dtype=self.dtype, device=self.device)
         return own if self.config.text_encoder_ranks == "all" else self.context.broadcast(own, "text")
 
+    def _bring(self, component: str) -> None:
+        """Have a component's weights on the device, where components take turns."""
+        if self._turns is not None:
+            self._turns.use(component)
+
     def _clock(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -376,27 +402,6 @@ def _both(first: StepCallback, second: StepCallback) -> StepCallback:
         second(stage, step, latents)
 
     return call
-
-
-def resolve_device(name: str) -> torch.device:
-    """The torch device of a setting. Raises ValueError for a CUDA device that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            raise ValueError(
-                f"device {name} is not there: this torch sees {count} CUDA devices; use cpu or another one"
-            )
-    return device
-
-
-def resolve_dtype(config: EngineConfig) -> torch.dtype:
-    """The transformer's dtype: bfloat16 on a GPU and float32 on the CPU unless the user says otherwise."""
-    if config.dtype != "auto":
-        return getattr(torch, config.dtype)
-    return torch.bfloat16 if resolve_device(config.device).type == "cuda" else torch.float32
 
 
 def _checked(path_or_id: str | Path, config: EngineConfig, context: ContextParallel) -> tuple[Checkpoint, str]:

@@ -57,9 +57,6 @@ class Block(nn.Module):
         if config.is_amplify_history:
             num_scales = self.num_heads if config.history_scale_mode == "per_head" else 1
             self.history_key_scale = nn.Parameter(torch.empty(num_scales, dtype=torch.float32))
-        self.text_norm: nn.LayerNorm | None = None
-        if config.cross_attn_norm:
-            self.text_norm = nn.LayerNorm(dim, config.eps, dtype=torch.float32)
         self.cross_q = nn.Linear(dim, dim, dtype=dtype)
         self.cross_kv = nn.Linear(dim, 2 * dim, dtype=dtype)
         self.cross_norm_q = nn.Parameter(torch.empty(dim, dtype=dtype))
@@ -208,8 +205,6 @@ class Block(nn.Module):
             "ffn.net.0.proj": self.ffn_up,
             "ffn.net.2": self.ffn_down,
         }
-        if self.text_norm is not None:
-            layers["norm2"] = self.text_norm
         for name, layer in layers.items():
             slots[f"{name}.weight"], slots[f"{name}.bias"] = layer.weight.data, layer.bias.data
         for prefix, layer, names in (("attn1", self.qkv, "qkv"), ("attn2", self.cross_kv, "kv")):

@@ -17,6 +17,7 @@ from helios_engine.model import rope
 from helios_engine.model.block import Block, Modulation
 from helios_engine.model.cache import BoundedCache
 from helios_engine.model.embed import Embedder, HistoryWindow
+from helios_engine.model.offload import LayerRing
 from helios_engine.ops import native as ops
 from helios_engine.ops.attention import Attention
 from helios_engine.parallel.attention import SequenceAttention, make_sequence_attention
@@ -29,13 +30,23 @@ _SHAPES_KEPT = 24
 
 @dataclass(frozen=True, slots=True)
 class TextContext:
-    """One prompt, as the blocks need it: keys and values of every layer, [B, T, 2 D] each."""
+    """One prompt, as the blocks need it: keys and values of every layer, [B, T, 2 D] each.
 
-    keys_values: tuple[Tensor, ...]
+    Where memory is short they are left out, and every block makes its own from the projected text [B, T, D].
+    """
+
+    keys_values: tuple[Tensor, ...] | None
+    text_BTD: Tensor | None = None
+
+    def of_block(self, index: int, block: Block) -> Tensor:
+        """One block's keys and values."""
+        return block.text_keys_values(self.text_BTD) if self.keys_values is None else self.keys_values[index]
 
     @staticmethod
     def stack(contexts: list[TextContext]) -> TextContext:
         """Several prompts of one length as a batch."""
+        if contexts[0].keys_values is None:
+            return TextContext(None, torch.cat([context.text_BTD for context in contexts]))
         return TextContext(tuple(torch.cat(layers) for layers in zip(*(c.keys_values for c in contexts), strict=True)))
 
 
@@ -73,6 +84,10 @@ class Transformer(nn.Module):
         self.embed = Embedder(config, dtype)
         self.blocks = nn.ModuleList([Block(config, dtype) for _ in range(config.num_layers)])
         self.modulation = nn.Parameter(torch.empty(config.num_layers, 6, config.dim, dtype=torch.float32))
+        # Weight and bias of every block's norm before the text.
+        self.text_norms: nn.Parameter | None = None
+        if config.cross_attn_norm:
+            self.text_norms = nn.Parameter(torch.empty(config.num_layers, 2, config.dim, dtype=torch.float32))
         self.output_modulation = nn.Parameter(torch.empty(2, config.dim, dtype=torch.float32))
         t, h, w = config.patch_size
         self.project_out = nn.Linear(config.dim, config.out_channels * t * h * w, dtype=dtype)
@@ -82,7 +97,8 @@ class Transformer(nn.Module):
         self._tables: BoundedCache[Tensor] = BoundedCache(_SHAPES_KEPT)
         self._layouts: BoundedCache[TokenLayout] = BoundedCache(_SHAPES_KEPT)
         self._history_rows: Tensor | None = None
-        self._text_rows: Tensor | None = None
+        self._ring: LayerRing | None = None
+        self._keeps_text = True
 
     def connect(
         self, attention: Attention, parallel: ContextParallel, *, ring_method: str = "rotate", exchange: str = "packed"
@@ -93,6 +109,21 @@ class Transformer(nn.Module):
             parallel, attention, ring_method=ring_method, exchange=exchange
         )
 
+    def offload(self, ring: LayerRing, *, keep_text: bool) -> None:
+        """Let the blocks take turns on the device; keep_text says whether all layers' text keys and values stay there."""
+        self._ring, self._keeps_text = ring, keep_text
+
+    def rest(self) -> None:
+        """Nothing is computed for a while: blocks that take turns give their memory back."""
+        if self._ring is not None:
+            self._ring.rest()
+
+    def block(self, index: int) -> Block:
+        """A block whose weights are there for what is computed next."""
+        if self._ring is not None:
+            self._ring.use(index)
+        return self.blocks[index]
+
     def check_tokens(self, num_tokens: int) -> None:
         """Raise ValueError where a forward over so many tokens cannot be shared by these ranks."""
         self._sequence_attention.check_tokens(num_tokens)
@@ -100,7 +131,9 @@ class Transformer(nn.Module):
     def encode_text(self, embeds_BTE: Tensor) -> TextContext:
         """The prompt's keys and values in every layer; once per prompt."""
         text_BTD = self.embed.text(embeds_BTE)
-        return TextContext(tuple(block.text_keys_values(text_BTD) for block in self.blocks))
+        if not self._keeps_text:
+            return TextContext(None, text_BTD)
+        return TextContext(tuple(self.block(i).text_keys_values(text_BTD) for i in range(len(self.blocks))))
 
     def prepare(self, window: HistoryWindow, texts: tuple[TextContext, ...]) -> ChunkContext:
         """This rank's history tokens, their positions and their part of the first block; once per chunk."""
@@ -116,8 +149,9 @@ class Transformer(nn.Module):
         first_qkv = None
         if self.config.zero_history_timestep:
             first = self._modulations(0.0)[0]
-            normed = self.blocks[0].normed(history_BlD, first, num_history=num_history)
-            first_qkv = self.blocks[0].project(normed, rotation, num_history=num_history)
+            block = self.block(0)
+            normed = block.normed(history_BlD, first, num_history=num_history)
+            first_qkv = block.project(normed, rotation, num_history=num_history)
         return ChunkContext(total, history_BlD, rotation, first_qkv, texts)
 
     def forward(self, latents_BCTHW: Tensor, timestep: float, context: ChunkContext) -> tuple[Tensor, ...]:
@@ -142,7 +176,7 @@ class Transformer(nn.Module):
         if share_history and num_history:
             with span("feed_forward"):
                 rows, h = work.modulations[0], None if h_BlD is None else h_BlD[:, :num_history]
-                self.blocks[0].feed_forward_(x_BlD[:, :num_history], h, rows, None, num_history=num_history)
+                self.block(0).feed_forward_(x_BlD[:, :num_history], h, rows, None, num_history=num_history)
         outputs = []
         for text in context.texts:
             own_BlD, own_h = x_BlD, h_BlD
@@ -166,8 +200,8 @@ class Transformer(nn.Module):
         num_history = work.context.num_history
         text_from = num_history if self.config.guidance_cross_attn else 0
         last = len(self.blocks) - 1
-        for index, block in enumerate(self.blocks):
-            rows = work.modulations[index]
+        for index in range(len(self.blocks)):
+            block, rows = self.block(index), work.modulations[index]
             if index:
                 with span("self_attention"):
                     h_BlD = self._attend_self_(index, x_BlD, h_BlD, work)
@@ -179,7 +213,7 @@ class Transformer(nn.Module):
             with span("cross_attention"):
                 start = max(first, text_from)
                 block.attend_text_(
-                    *(x_BlD[:, start:], part(start), text.keys_values[index], rows),
+                    *(x_BlD[:, start:], part(start), text.of_block(index, block), rows),
                     num_history=num_history - start,
                     attention=self.attention,
                 )
@@ -192,7 +226,7 @@ class Transformer(nn.Module):
 
     def _attend_self_(self, index: int, x_BlD: Tensor, h_BlD: Tensor | None, work: _Forward) -> Tensor | None:
         """One block's self-attention; h is x as the block projects it, or None to have it computed."""
-        block, rows, context = self.blocks[index], work.modulations[index], work.context
+        block, rows, context = self.block(index), work.modulations[index], work.context
         num_history = context.num_history
         # After the last block only noisy rows are read, so its history rows need keys and values alone.
         noisy_only = index == len(self.blocks) - 1
@@ -236,12 +270,9 @@ class Transformer(nn.Module):
 
     def _middle_rows(self, rows: Tensor) -> list[tuple[Tensor | None, Tensor | None]]:
         """(weight, bias) of every block's norm after self-attention, [2, D] each; see Modulation."""
-        if not self.config.cross_attn_norm:
+        if self.text_norms is None:
             return [(None, None)] * len(self.blocks)
-        if self._text_rows is None:
-            norms = [block.text_norm for block in self.blocks]
-            self._text_rows = torch.stack([torch.stack([norm.weight, norm.bias]) for norm in norms])
-        middle = self._text_rows.unsqueeze(2).expand(-1, -1, 2, -1)  # [layers, weight and bias, 2, D]
+        middle = self.text_norms.unsqueeze(2).expand(-1, -1, 2, -1)  # [layers, weight and bias, 2, D]
         if self.config.guidance_cross_attn:
             middle = torch.stack([rows[:, [4, 3], 0], middle[:, :, 1]], dim=2)
         return [tuple(layer.unbind(0)) for layer in middle.unbind(0)]
@@ -278,13 +309,16 @@ class Transformer(nn.Module):
         for index, block in enumerate(self.blocks):
             slots |= {f"blocks.{index}.{name}": slot for name, slot in block.checkpoint_slots().items()}
             slots[f"blocks.{index}.scale_shift_table"] = self.modulation.data[index : index + 1]
+            if self.text_norms is not None:
+                weight, bias = self.text_norms.data[index]
+                slots[f"blocks.{index}.norm2.weight"], slots[f"blocks.{index}.norm2.bias"] = weight, bias
         slots["norm_out.scale_shift_table"] = self.output_modulation.data[None]
         slots["proj_out.weight"], slots["proj_out.bias"] = self.project_out.weight.data, self.project_out.bias.data
         return slots
 
     def forget(self) -> None:
         """Drop what was computed from the weights; call after changing them."""
-        self._history_rows = self._text_rows = None
+        self._history_rows = None
         self.embed._time_cache.clear()
 
 
@@ -297,3 +331,5 @@ def init_random_(module: nn.Module, seed: int) -> None:
         noise = torch.randn(parameter.shape, generator=generator, device=device, dtype=torch.float32)
         is_norm_weight = parameter.ndim == 1 and "bias" not in name
         parameter.data.copy_(noise * fan_in**-0.5 + (1.0 if is_norm_weight else 0.0))
+        if name.endswith("text_norms"):
+            parameter.data[:, 0] += 1.0

@@ -57,6 +57,15 @@ def shapes_on_disk(files: list[Path]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def mapped_tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a component by its name on disk, backed by the mapped files: pages are read when touched."""
+    tensors: dict[str, Tensor] = {}
+    for path in weight_files(folder):
+        with open_safetensors(path) as file:
+            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return tensors
+
+
 def _listed(names: Collection[str]) -> str:
     shown = sorted(names)[:_NAMES_SHOWN]
     more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
@@ -106,15 +115,16 @@ def load_slots(
 ) -> None:
     """Fill every slot from the component's files, casting to the slot's dtype on the way.
 
-    rename maps a name on disk to a slot's name, or to None for a tensor to leave out. Host memory holds one tensor at a
-    time. Raises ValueError for missing, unexpected, doubled or wrongly shaped tensors before anything is copied.
+    rename maps a name on disk to a slot's name, or to None for a tensor to leave out. Slots on the meta device are checked
+    and left empty. Host memory holds one tensor at a time. Raises ValueError for missing, unexpected, doubled or wrongly
+    shaped tensors before anything is copied.
     """
     files = check_slots(folder, slots, rename=rename)
     for path in files:
         with open_safetensors(path) as file, torch.no_grad():
             for name in file.keys():  # noqa: SIM118
                 slot = rename(name)
-                if slot is not None:
+                if slot is not None and not slots[slot].is_meta:
                     slots[slot].copy_(file.get_tensor(name))
 
 

@@ -85,8 +85,8 @@ class ContextParallel:
 
         Degrees left out follow Degrees.choose. See parallel/launch.py, which the command line uses too.
         """
-        from helios_engine.config import ParallelConfig
         from helios_engine.parallel import launch
+        from helios_engine.settings import ParallelConfig
 
         config = ParallelConfig(ulysses_degree=ulysses, ring_degree=ring, cfg_degree=cfg, rank_timeout=rank_timeout)
         return launch.from_torchrun(config, device=launch.own_device(device), guided=guided)

@@ -12,10 +12,10 @@ from typing import TypeVar
 import torch
 from torch import distributed as dist
 
-from helios_engine.config import ParallelConfig
 from helios_engine.parallel.context import ContextParallel
 from helios_engine.parallel.mesh import Degrees
 from helios_engine.parallel.watch import Watch
+from helios_engine.settings import ParallelConfig
 
 T = TypeVar("T")
 _JOIN_TIMEOUT = datetime.timedelta(minutes=10)  # ranks import torch at different speeds

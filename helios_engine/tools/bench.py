@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from helios_engine.config import LATENT_FRAMES_PER_CHUNK, EngineConfig, ParallelConfig
+from helios_engine.config import LATENT_FRAMES_PER_CHUNK
 from helios_engine.engine.engine import Engine
 from helios_engine.engine.history import History, stacked_window
 from helios_engine.engine.plan import Plan
 from helios_engine.parallel import launch
 from helios_engine.request import FRAMES_PER_CHUNK, VideoRequest
+from helios_engine.settings import EngineConfig, ParallelConfig
 from helios_engine.tools.generate import check_ranks, fields_of, plan_request
 
 PROMPT = "A red fox runs through fresh snow."

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from helios_engine.config import EngineConfig, ParallelConfig
 from helios_engine.engine import conditioning
 from helios_engine.engine.checkpoint import Checkpoint
-from helios_engine.engine.engine import Engine, resolve_device, resolve_dtype
+from helios_engine.engine.devices import resolve_device, resolve_dtype
+from helios_engine.engine.engine import Engine
 from helios_engine.engine.memory import estimate_memory
 from helios_engine.engine.plan import Plan, plan_for
 from helios_engine.engine.recording import Recording, RecordingWriter
@@ -28,6 +28,7 @@ from helios_engine.parallel.context import ContextParallel
 from helios_engine.parallel.mesh import Degrees
 from helios_engine.parallel.watch import RankFailure
 from helios_engine.request import VideoRequest
+from helios_engine.settings import EngineConfig, ParallelConfig
 
 
 @dataclass(frozen=True, slots=True)

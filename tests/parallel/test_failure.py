@@ -52,8 +52,8 @@ def _start(rank: int, size: int, port: int, *command: str) -> subprocess.Popen:
     )
 
 
-def _ends(processes: list[subprocess.Popen], seconds: float = 60) -> list[tuple[int, str]]:
-    """(exit code, what was said) of every process; none may outlive the time."""
+def _ends(processes: list[subprocess.Popen], seconds: float = 150) -> list[tuple[int, str]]:
+    """(exit code, what was said) of every process; none may outlive the time, which is long for a busy machine."""
     deadline = time.monotonic() + seconds
     try:
         said = [process.communicate(timeout=max(0.1, deadline - time.monotonic())) for process in processes]

@@ -1,0 +1,131 @@
+"""A user's settings, fixed when an engine is loaded; the command line's flags are these fields."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+ATTENTION_BACKENDS = ("auto", "fa3", "fa4", "fa2", "cudnn", "flash", "sdpa")
+EXCHANGES = ("packed", "xfuser")
+RING_METHODS = ("rotate", "allgather")
+TEXT_ENCODER_RANKS = ("first", "all")
+DTYPES = ("auto", "bfloat16", "float32")
+VAE_DTYPES = ("float32", "bfloat16", "float16")
+OFFLOADS = ("none", "group", "model")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelConfig:
+    """How several ranks share the work; None leaves a degree to the documented rule."""
+
+    ulysses_degree: int | None = field(
+        default=None, metadata={"help": "ranks that share out heads; all that are left, by default"}
+    )
+    ring_degree: int | None = field(
+        default=None, metadata={"help": "ranks that pass keys and values round; 1 by default"}
+    )
+    cfg_degree: int | None = field(
+        default=None,
+        metadata={"help": "2 computes the two guidance branches on two halves of the ranks; default where it divides"},
+    )
+    rank_timeout: float = field(
+        default=30.0, metadata={"help": "seconds within which all ranks end when one raises, dies or hangs"}
+    )
+
+    def __post_init__(self) -> None:
+        is_number = isinstance(self.rank_timeout, int | float) and not isinstance(self.rank_timeout, bool)
+        _require(
+            is_number and 5 <= self.rank_timeout <= 86400,
+            f"rank_timeout must be between 5 and 86400 seconds, got {self.rank_timeout!r}",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Settings fixed for the life of an engine. The command line's flags are these fields."""
+
+    device: str = field(default="auto", metadata={"help": "cuda, cuda:N or cpu; auto takes the GPU where there is one"})
+    dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "transformer and text encoder numbers; auto is bfloat16 on a GPU, float32 on the CPU",
+            "choices": DTYPES,
+        },
+    )
+    vae_dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "video decoder numbers; float32 is the reference, float16 and bfloat16 are faster",
+            "choices": VAE_DTYPES,
+        },
+    )
+    attention_backend: str = field(
+        default="auto",
+        metadata={
+            "help": "auto takes the fastest exact one; naming one that cannot run is an error",
+            "choices": ATTENTION_BACKENDS,
+        },
+    )
+    exchange: str = field(
+        default="packed",
+        metadata={
+            "help": "how ranks trade tokens for heads: packed is this engine's own, xfuser that package's (a cross-check)",
+            "choices": EXCHANGES,
+        },
+    )
+    ring_method: str = field(
+        default="rotate",
+        metadata={
+            "help": "rotate passes keys and values round while attending, allgather collects them first",
+            "choices": RING_METHODS,
+        },
+    )
+    shard_vae: bool = field(
+        default=True, metadata={"help": "decode and encode pictures by rows, on all ranks together"}
+    )
+    text_encoder_ranks: str = field(
+        default="first",
+        metadata={
+            "help": "first keeps the text encoder on rank 0, which sends the embeddings; all loads it on every rank",
+            "choices": TEXT_ENCODER_RANKS,
+        },
+    )
+    check_ranks: bool = field(
+        default=False, metadata={"help": "check after every step that all ranks hold identical latents (debugging)"}
+    )
+    offload: str = field(
+        default="none",
+        metadata={
+            "help": "group streams transformer and text encoder layer by layer from a bfloat16 checkpoint's files, model has "
+            "one component at a time on the device",
+            "choices": OFFLOADS,
+        },
+    )
+    offload_ahead: int = field(default=1, metadata={"help": "layers fetched ahead of the one that computes, for group"})
+    revision: str | None = field(default=None, metadata={"help": "hub revision when the model is a hub id"})
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("dtype", DTYPES),
+            ("vae_dtype", VAE_DTYPES),
+            ("attention_backend", ATTENTION_BACKENDS),
+            ("exchange", EXCHANGES),
+            ("ring_method", RING_METHODS),
+            ("text_encoder_ranks", TEXT_ENCODER_RANKS),
+            ("offload", OFFLOADS),
+        ):
+            value = getattr(self, name)
+            _require(value in choices, f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        for name in ("shard_vae", "check_ranks"):
+            value = getattr(self, name)
+            _require(isinstance(value, bool), f"{name} must be true or false, got {value!r}")
+        ahead = self.offload_ahead
+        is_whole = isinstance(ahead, int) and not isinstance(ahead, bool)
+        _require(is_whole and 1 <= ahead <= 64, f"offload_ahead must be a whole number from 1 to 64, got {ahead!r}")
+        known = isinstance(self.device, str) and re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device)
+        _require(known, f"device must be auto, cpu, cuda or cuda:N with a number, got {self.device!r}")

@@ -1,0 +1,257 @@
+"""Weights that are not resident: the ring's order and bounds, the copier's, and the same numbers as without."""
+
+from __future__ import annotations
+
+import threading
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from helios_engine import Engine, EngineConfig, VideoRequest
+from helios_engine.cli import main
+from helios_engine.engine.checkpoint import Checkpoint
+from helios_engine.engine.copier import StreamCopier
+from helios_engine.engine.memory import OutOfMemory, estimate_memory
+from helios_engine.engine.offload import Turns
+from helios_engine.engine.plan import plan_for
+from helios_engine.model.offload import LayerRing, PlainCopier
+
+SMALL = {"height": 64, "width": 64, "num_frames": 66, "seed": 3}
+
+
+class CountingCopier(PlainCopier):
+    """Checks the order of calls; copies as late as is allowed, when a slot is said to be ready."""
+
+    def __init__(self) -> None:
+        self.pending: dict[int, list] = {}
+        self.in_use: set[int] = set()
+        self.loads: list[int] = []
+        self.most_resident = 0
+
+    def load(self, slot: int, pairs: list) -> None:
+        assert slot not in self.in_use, "a slot is filled while it is read"
+        self.loads.append(slot)
+        for target, _ in pairs:
+            target.fill_(float("nan"))  # what is read before it is ready shows
+        self.pending[slot] = pairs
+        self.most_resident = max(self.most_resident, len(self.pending.keys() | self.in_use))
+
+    def ready(self, slot: int) -> None:
+        super().load(slot, self.pending.pop(slot, []))
+        self.in_use.add(slot)
+
+    def used(self, slot: int) -> None:
+        self.in_use.remove(slot)
+
+
+def _layers(count: int) -> tuple[list[nn.Module], list[dict[str, torch.Tensor]]]:
+    with torch.device("meta"):
+        layers = [nn.Linear(4, 4) for _ in range(count)]
+    sources = [{"weight": torch.full((4, 4), float(i)), "bias": torch.full((4,), -float(i))} for i in range(count)]
+    return layers, sources
+
+
+def _ring(count: int, num_slots: int, copier) -> tuple[LayerRing, list[nn.Module]]:
+    layers, sources = _layers(count)
+    ring = LayerRing(
+        layers,
+        slots_of=lambda layer: {name: p.data for name, p in layer.named_parameters()},
+        sources=lambda i: sources[i],
+        device=torch.device("cpu"),
+        copier=copier,
+        num_slots=num_slots,
+    )
+    return ring, layers
+
+
+@pytest.mark.parametrize("num_slots", [2, 3, 5, 9])
+def test_the_ring_loads_each_layer_once_per_round_and_ahead(num_slots: int) -> None:
+    copier = CountingCopier()
+    ring, layers = _ring(5, num_slots, copier)
+    for turn in range(3):
+        for index in range(5):
+            ring.use(index)
+            ring.use(index)  # asking again costs nothing
+            assert (layers[index].weight == index).all()
+            assert (layers[index].bias == -index).all()
+            assert all(layer.weight.is_meta for other, layer in enumerate(layers) if other != index)
+            assert len(copier.in_use) == 1
+        expected = 5 if num_slots >= 5 else 5 * (turn + 1) + num_slots - 1
+        assert len(copier.loads) == expected, "every layer once, and what is fetched ahead of the next round"
+    assert copier.most_resident <= num_slots
+    assert ring.num_bytes == min(num_slots, 5) * 80
+
+
+def test_any_order_is_served_and_a_rest_frees_everything() -> None:
+    copier = CountingCopier()
+    ring, layers = _ring(4, 2, copier)
+    for index in (2, 0, 3, 3, 1, 2):
+        ring.use(index)
+        assert (layers[index].weight == index).all()
+    ring.rest()
+    assert all(layer.weight.is_meta for layer in layers)
+    copier.in_use.clear()
+    ring.use(1)
+    assert (layers[1].weight == 1).all()
+
+
+def test_layers_of_different_shapes_are_refused() -> None:
+    with torch.device("meta"):
+        layers = [nn.Linear(4, 4), nn.Linear(4, 5)]
+    with pytest.raises(ValueError, match="layer 1 is shaped unlike layer 0"):
+        LayerRing(layers, slots_of=dict, sources=dict, device=torch.device("cpu"), copier=PlainCopier())
+
+
+class _Event:
+    def __init__(self) -> None:
+        self.done = False
+
+    def record(self, stream: object) -> None:
+        self.done = True
+
+    def synchronize(self) -> None:
+        assert self.done, "a buffer is waited for that was never sent"
+
+
+def _fake_cuda() -> types.SimpleNamespace:
+    """Streams that run at once, and a log of what waited for what."""
+    import contextlib
+
+    waits: list[object] = []
+    stream = types.SimpleNamespace(wait_event=waits.append)
+    return types.SimpleNamespace(
+        Stream=lambda device: stream,
+        Event=_Event,
+        stream=lambda _: contextlib.nullcontext(),
+        current_stream=lambda _: stream,
+        waits=waits,
+    )
+
+
+def test_the_stream_copier_moves_any_size_through_small_buffers() -> None:
+    api = _fake_cuda()
+    copier = StreamCopier(torch.device("cpu"), buffer_bytes=48, num_buffers=3, api=api)
+    sources = [torch.randn(7, 9, dtype=torch.bfloat16), torch.randn(1), torch.randn(5, dtype=torch.float16)]
+    targets = [torch.zeros(7, 9, dtype=torch.bfloat16), torch.zeros(1), torch.zeros(5)]  # the last is cast on its way
+    for _ in range(2):
+        copier.load(0, list(zip(targets, sources, strict=True)))
+        copier.ready(0)
+        assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(targets, sources, strict=True))
+        for target in targets:
+            target.zero_()
+        copier.used(0)
+    assert len(api.waits) == 3, "ready twice, and the second load waited for the end of the first use"
+    copier.close()
+    assert not any(thread.name == "helios-copier" for thread in threading.enumerate())
+
+
+def test_what_cannot_be_read_is_said_by_the_computing_thread() -> None:
+    copier = StreamCopier(torch.device("cpu"), api=_fake_cuda())
+    copier.load(0, [(torch.zeros(3), torch.zeros(4))])
+    with pytest.raises(RuntimeError, match="weights could not be read while streaming"):
+        copier.ready(0)
+    copier.close()
+
+
+def test_one_component_at_a_time() -> None:
+    with torch.device("meta"):
+        parts = {name: nn.Linear(3, 3) for name in ("a", "b")}
+    filled = []
+    turns = Turns(torch.device("cpu"), {name: (part, lambda n=name: filled.append(n)) for name, part in parts.items()})
+    for name in ("a", "a", "b", "a"):
+        turns.use(name)
+        other = "b" if name == "a" else "a"
+        assert not parts[name].weight.is_meta
+        assert parts[other].weight.is_meta
+    assert filled == ["a", "b", "a"]
+
+
+@pytest.mark.parametrize("variant", ["base", "mid", "distilled"])
+@pytest.mark.parametrize(
+    "settings", [{"offload": "group"}, {"offload": "group", "offload_ahead": 2}, {"offload": "model"}]
+)
+def test_the_same_numbers_as_resident(toy: Path, engines, variant: str, settings: dict) -> None:
+    steps = 2 if variant == "base" else (1, 1, 1)
+    request = VideoRequest(prompt="A red fox", steps=steps, **SMALL)
+    expected = engines(variant).generate(request)
+    engine = Engine.load(toy / variant, EngineConfig(device="cpu", dtype="float32", **settings))
+    for _ in range(2):
+        video = engine.generate(request)
+        assert torch.equal(video.latents, expected.latents)
+        assert np.array_equal(video.frames, expected.frames)
+
+
+def test_pictures_and_recomputed_text(toy: Path, engines, monkeypatch) -> None:
+    monkeypatch.setattr("helios_engine.engine.offload.has_room_for_text", lambda *_: False)
+    picture = torch.rand(3, 64, 64)
+    request = VideoRequest(prompt="A red fox", image=picture.permute(1, 2, 0).numpy(), steps=2, **SMALL)
+    expected = engines("base").generate(request)
+    for offload in ("group", "model"):
+        engine = Engine.load(toy / "base", EngineConfig(device="cpu", dtype="float32", offload=offload))
+        assert torch.equal(engine.generate(request).latents, expected.latents)
+    with engine.open(request) as session:
+        assert session.texts[0].keys_values is not None
+    group = Engine.load(toy / "base", EngineConfig(device="cpu", dtype="float32", offload="group"))
+    with group.open(request) as session:
+        assert session.texts[0].keys_values is None
+    batch = [request, VideoRequest(prompt="Snow", image=picture.permute(1, 2, 0).numpy(), steps=2, **SMALL)]
+    alone = group.generate(batch[1]).latents
+    rounds = [[chunk.latents for chunk in chunks] for chunks in group.stream_batch(batch)]
+    torch.testing.assert_close(torch.cat([second for _, second in rounds], dim=2), alone, rtol=0, atol=1e-4)
+
+
+def test_a_dtype_that_would_be_cast_every_time_is_refused(toy: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("helios_engine.model.offload._SMALL", 1024)  # the toy's weights are small
+    with pytest.raises(ValueError, match=r"in float32.*computes in bfloat16.*helios-engine convert SRC DST"):
+        Engine.load(toy / "base", EngineConfig(device="cpu", dtype="bfloat16", offload="group"))
+    converted = tmp_path / "bf16"
+    assert main(["convert", str(toy / "base"), str(converted)]) == 0
+    with pytest.raises(ValueError, match=r"in bfloat16.*computes in float32; use dtype bfloat16"):
+        Engine.load(converted, EngineConfig(device="cpu", dtype="float32", offload="group"))
+    request = VideoRequest(prompt="A red fox", steps=1, **SMALL)
+    config = EngineConfig(device="cpu", dtype="bfloat16")
+    resident = Engine.load(converted, config).generate(request).latents
+    streamed = Engine.load(converted, EngineConfig(device="cpu", dtype="bfloat16", offload="group"))
+    assert torch.equal(streamed.generate(request).latents, resident)
+
+
+@pytest.mark.full
+def test_two_ranks_stream_their_weights(toy: Path, tmp_path: Path) -> None:
+    flags = ["generate", "--model", str(toy / "distilled"), "--prompt", "x", "--device", "cpu", "--quiet"]
+    flags += ["--height", "64", "--width", "64", "--num-frames", "33", "--steps", "1,1,1", "--num-gpus", "2"]
+    for name, more in (("plain", []), ("group", ["--offload", "group"])):
+        assert main([*flags, "--output", str(tmp_path / f"{name}.npy"), *more]) == 0
+    assert np.array_equal(np.load(tmp_path / "plain.npy"), np.load(tmp_path / "group.npy"))
+
+
+def test_the_estimate_knows_what_stays(toy: Path) -> None:
+    checkpoint = Checkpoint.open(toy / "base")
+    plan = plan_for(checkpoint, VideoRequest(prompt="x", **SMALL))
+    estimates = {
+        offload: estimate_memory(checkpoint, plan, EngineConfig(device="cpu", offload=offload), 512)
+        for offload in ("none", "group", "model")
+    }
+    none, group = estimates["none"], estimates["group"]
+    blocks = checkpoint.model.num_layers
+    assert group.transformer + group.transformer_slots // 2 * blocks == none.transformer
+    assert group.peak < none.peak
+    assert estimates["model"].peak < none.peak
+
+
+def test_out_of_memory_names_a_way_out(toy: Path, monkeypatch) -> None:
+    engine = Engine.load(toy / "base", EngineConfig(device="cpu", dtype="float32"))
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(engine.transformer.blocks[1], "feed_forward_", full)
+    with engine.open(VideoRequest(prompt="x", steps=1, **SMALL)) as session:
+        with pytest.raises(
+            OutOfMemory, match=r"about 0\.\d GB; --offload group needs about 0\.\d GB \(CUDA out of memory"
+        ):
+            session.next_chunk()
+        assert session.index == 0
