@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import ctypes
 import datetime
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +24,17 @@ _SLICE = datetime.timedelta(seconds=0.5)  # between two looks at the peers while
 # Rank 0 may keep the others waiting between chunks for as long as its caller likes; the watch ends a wait in vain.
 _NEVER = datetime.timedelta(days=365)
 T = TypeVar("T")
+# Exchanges on the CPU that were begun and not seen to end, by their work's id.
+_IN_FLIGHT: dict[int, tuple[object, ...]] = {}
+
+
+@atexit.register
+def _never_free() -> None:
+    """A rank that gives up leaves exchanges behind. gloo's threads would free their tensors after the interpreter is gone,
+    which aborts the process; so these are never freed."""
+    for parts in _IN_FLIGHT.values():
+        for part in parts:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(part))
 
 
 @dataclass(slots=True)
@@ -277,6 +290,7 @@ class ContextParallel:
         work = dist.all_to_all_single(
             received, source, receive_counts, send_counts, group=self._groups[group], async_op=True
         )
+        self._begun(work, received, source)
         return Pending(self, work, received, send.device)
 
     def rotate(self, send: Tensor, num_arriving: int, purpose: str) -> Pending:
@@ -326,6 +340,7 @@ class ContextParallel:
             self.traffic.count(purpose, tensor.numel() * tensor.element_size() * (self.size - 1))
         staged = self._staged(tensor.contiguous(), "all")
         work = dist.broadcast(staged, self._global_ranks[0], group=self._groups["all"], async_op=True)
+        self._begun(work, staged)
         self._finish(work, staged)
         return staged.to(tensor.device)
 
@@ -355,6 +370,7 @@ class ContextParallel:
         send = torch.tensor(list(numbers), dtype=torch.int64)
         received = torch.empty(self.size * len(send), dtype=torch.int64)
         work = _gather_function()(received, send, group=self._control, async_op=True)
+        self._begun(work, received, send)
         self._finish(work, received)
         return received.view(self.size, -1).tolist()
 
@@ -368,6 +384,7 @@ class ContextParallel:
 
     def _tell(self, tensor: Tensor) -> None:
         work = dist.broadcast(tensor, self._global_ranks[0], group=self._control, async_op=True)
+        self._begun(work, tensor)
         self._finish(work, tensor)
 
     def _index(self, group: str) -> int:
@@ -384,8 +401,13 @@ class ContextParallel:
         source = self._staged(send, group).reshape(-1)
         received = source.new_empty(count * source.numel())
         work = _gather_function()(received, source, group=self._groups[group], async_op=True)
+        self._begun(work, received, source)
         self._finish(work, received)
         return received.to(send.device).view(count, *send.shape)
+
+    def _begun(self, work: object, received: Tensor, *others: Tensor) -> None:
+        if not received.is_cuda:
+            _IN_FLIGHT[id(work)] = (work, received, *others)
 
     def _finish(self, work: object, received: Tensor) -> None:
         """Wait for a collective, but not for a rank that is gone."""
@@ -398,6 +420,7 @@ class ContextParallel:
                 while not _is_done(work):
                     if self._watch is not None:
                         self._watch.check()
+            _IN_FLIGHT.pop(id(work), None)
         except RankFailure:
             raise
         except RuntimeError as error:

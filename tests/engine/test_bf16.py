@@ -14,7 +14,9 @@ from tests.helpers import oracle
 SEEDS = range(8)
 
 
-@pytest.mark.parametrize("variant", ["base", "mid", "distilled"])
+@pytest.mark.parametrize(
+    "variant", [pytest.param("base", marks=pytest.mark.full), pytest.param("mid", marks=pytest.mark.full), "distilled"]
+)
 def test_bf16_error_is_no_larger_than_diffusers(variant: str, tmp_path) -> None:
     case = replace(
         oracle.random_case(variant, "t2v", 2),

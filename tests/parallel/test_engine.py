@@ -42,8 +42,14 @@ def expected(tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3, 4])
-@pytest.mark.parametrize("task", ["t2v", "i2v", "v2v"])
+RANKS_AND_TASKS = [
+    pytest.param(num_ranks, task, marks=() if num_ranks == 3 or task == "t2v" else pytest.mark.full)
+    for num_ranks in (2, 3, 4)
+    for task in ("t2v", "i2v", "v2v")
+]
+
+
+@pytest.mark.parametrize(("num_ranks", "task"), RANKS_AND_TASKS)
 @pytest.mark.parametrize("variant", ["base", "mid", "distilled"])
 def test_videos_on_ranks_equal_diffusers(ranks, expected, variant: str, task: str, num_ranks: int) -> None:
     folder, reference, arguments = expected(variant, task)

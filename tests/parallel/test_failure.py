@@ -75,7 +75,10 @@ def _wait_for(folder: Path, pattern: str) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize(("victim", "how"), [(1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP)])
+@pytest.mark.parametrize(
+    ("victim", "how"),
+    [pytest.param(1, signal.SIGKILL, marks=pytest.mark.full), (0, signal.SIGKILL), (1, signal.SIGSTOP)],
+)
 def test_a_lost_rank_ends_the_others(toy, tmp_path, victim: int, how: signal.Signals) -> None:
     port = _free_port()
     command = _command(toy / "base", tmp_path / "out.npy", "--num-frames", "endless", "--steps", "3")

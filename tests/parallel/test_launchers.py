@@ -49,6 +49,7 @@ def test_one_machine(toy, engines, tmp_path) -> None:
     assert np.abs(frames - _expected(engines, "distilled")).max() <= 1
 
 
+@pytest.mark.full
 def test_base_on_two_halves(toy, engines, tmp_path) -> None:
     frames = _run("base_8gpu.sh", tmp_path, _environment(tmp_path, toy / "base", GPUS="4"), "--steps", "2")
     negative = "blurred details, worst quality, low quality"
