@@ -153,15 +153,29 @@ def other_cases(rows: int) -> list[Case]:
     ]
 
 
+@torch.no_grad()
+def run_one(name: str, rows: int, repeats: int) -> None:
+    """For a profiler: calls of one operator, two of them to warm up."""
+    case = next((case for case in row_cases(rows) + other_cases(rows) if case.name == name), None)
+    if case is None:
+        names = ", ".join(case.name for case in row_cases(8) + other_cases(8))
+        raise SystemExit(f"bench_ops: no operator {name} is measured; there are {names}")
+    print(f"{name}: {1e3 * seconds(lambda i: case.run(native, i), repeats):.2f} ms, {case.num_bytes / 1e6:.1f} MB")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=2940)
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--compile", action="store_true", help="time torch.compile of the eager words too")
+    parser.add_argument("--only", metavar="OPERATOR", help="run our implementation of one operator and nothing else")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if native.WHY_NOT:
         raise SystemExit(f"bench_ops: no compiled operators: {native.WHY_NOT}")
+    if options.only is not None:
+        run_one(options.only, options.rows, options.repeats)
+        return
     ceiling = copy_rate(options.rows * WIDTH * 4, options.repeats)
     found: dict[str, dict[str, float]] = {}
     print(f"copy {ceiling / 1e9:.1f} GB/s, {hardware(DEVICE)}, {options.rows} rows of {WIDTH}\n")

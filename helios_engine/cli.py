@@ -100,6 +100,15 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--resume", action="store_true", help="go on where the run in --checkpoint-dir stood, if there is one"
     )
+    generate.add_argument(
+        "--profile", metavar="TRACE.json", help="write a Chrome trace of one chunk (torch's profiler), a file per rank"
+    )
+    generate.add_argument(
+        "--profile-chunk",
+        type=int,
+        metavar="N",
+        help="the chunk to profile, counted from 0 (default: 1, or 0 if alone)",
+    )
     _add_fields(generate, VideoRequest, "video")
     _add_fields(generate, EngineConfig, "engine")
     _add_fields(generate, ParallelConfig, "several ranks")
@@ -123,6 +132,11 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--repeats", type=int, default=3, help="calls timed per figure (default: %(default)s)")
     bench.add_argument(
         "--bytes", action="store_true", help="no times: bytes each rank sends in one forward of each stage, by purpose"
+    )
+    bench.add_argument(
+        "--timeline",
+        metavar="OUT.png",
+        help="no times: draw where the time of the second chunk goes, and print the sums",
     )
     _add_num_gpus(bench)
     _add_fields(bench, VideoRequest, "video")

@@ -1,6 +1,7 @@
-"""Named ranges for Nsight, in the NVTX domain "helios". HELIOS_NVTX=0 leaves them out altogether.
+"""Named ranges for profilers: in Nsight's NVTX domain "helios", and in torch's own profiler while one runs.
 
-Without a profiler attached a range costs about half a microsecond; the nvtx package is imported at the first range.
+HELIOS_NVTX=0 leaves NVTX out altogether. Without a profiler attached a range costs about half a microsecond; the nvtx
+package is imported at the first range.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 
 ENABLED = os.environ.get("HELIOS_NVTX", "1") != "0"
 _NOTHING = contextlib.nullcontext()
+_CHUNKS_NAMED = 64  # an endless video must not make names without end
 
 
 @functools.cache
@@ -46,6 +48,13 @@ def _range(name: str) -> _Range:
 
 def span(name: str) -> AbstractContextManager[None]:
     """A range around a piece of work. Names come from a small fixed set, so they are made once and kept."""
-    if not ENABLED or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return _NOTHING
-    return _range(name)
+    if torch.autograd.profiler._is_profiler_enabled:  # torch's own flag for exactly this question
+        return torch.profiler.record_function(f"helios: {name}")
+    return _range(name) if ENABLED else _NOTHING
+
+
+def chunk_span(index: int) -> AbstractContextManager[None]:
+    """The range of one chunk, by its number, so that a profiler can wait for it."""
+    return span(f"chunk {index}" if index < _CHUNKS_NAMED else "chunk")

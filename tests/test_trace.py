@@ -6,8 +6,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from helios_engine import Engine, EngineConfig, VideoRequest, trace
+from helios_engine.ops import native
 from helios_engine.output import open_writer
 
 REQUEST = VideoRequest(prompt="A fox", num_frames=33, height=64, width=64, steps=1, max_sequence_length=8)
@@ -49,7 +51,25 @@ def test_ranges_cover_a_run_and_nest(recorder: _Recorder, toy, tmp_path) -> None
     block = ["      self_attention", "      cross_attention", "      feed_forward"] * engine.checkpoint.model.num_layers
     step = ["    step", *block]
     stages = [line for stage_steps in (2, 2, 2) for line in ["  stage", *step * stage_steps]]
-    assert recorder.events == ["load", "text_encode", "chunk", *stages, "  vae", "output"]
+    fine = {*native.OPERATORS, "attention"}
+    coarse = [line for line in recorder.events if line.strip() not in fine]
+    assert coarse == ["load", "text_encode", "chunk 0", *stages, "  vae", "output"]
+    assert recorder.events.count("        attention") == 2 * engine.checkpoint.model.num_layers * 6
+
+
+@pytest.mark.skipif(bool(native.WHY_NOT), reason=f"no compiled operators: {native.WHY_NOT}")
+def test_operators_have_ranges_of_their_names(recorder: _Recorder) -> None:
+    x = torch.randn(1, 2, 8)
+    native.rms_norm_(x, torch.ones(8), eps=1e-6)
+    native.merge_partials_(x[None], torch.zeros(1, 1, 2), x[None].clone(), torch.zeros(1, 1, 2))
+    assert recorder.events == ["rmsnorm_rows", "merge_partials"]
+
+
+def test_names_of_chunks_come_to_an_end(recorder: _Recorder) -> None:
+    for index in (0, 63, 64, 1000):
+        with trace.chunk_span(index):
+            pass
+    assert recorder.events == ["chunk 0", "chunk 63", "chunk", "chunk"]
 
 
 def test_ranges_close_on_errors(recorder: _Recorder) -> None:

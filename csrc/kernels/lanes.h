@@ -150,9 +150,12 @@ HELIOS_INLINE float sum_of(int64_t n, Term term) {
     for (int64_t k = 0; k < 4; ++k) sums[k] += term(Kind<Lanes>(), i + k * kLanes);
   }
   for (; i + kLanes <= n; i += kLanes) sums[0] += term(Kind<Lanes>(), i);
-  const Lanes all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-  float result = 0.0f;
-  for (int64_t k = 0; k < kLanes; ++k) result += all[k];
+  Lanes all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  all += __builtin_shufflevector(all, all, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+  all += __builtin_shufflevector(all, all, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+  all += __builtin_shufflevector(all, all, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+  all += __builtin_shufflevector(all, all, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+  float result = all[0];
   for (; i < n; ++i) result += term(Kind<float>(), i);
   return result;
 }

@@ -39,7 +39,7 @@ from helios_engine.request import ChunkTiming, VideoChunk, VideoRequest
 from helios_engine.sampling.noise import NoiseSource
 from helios_engine.sampling.pyramid import block_noise_factor
 from helios_engine.settings import EngineConfig
-from helios_engine.trace import span
+from helios_engine.trace import chunk_span, span
 
 logger = logging.getLogger(__name__)
 
@@ -244,7 +244,7 @@ class Engine:
         drawn = [session.noise.state() for session in sessions]
         try:
             with (
-                span("chunk"),
+                chunk_span(index),
                 self.context.guard(expected=(Cancelled,)),
                 sessions[0].control.computing(),
                 advise_memory(self.checkpoint, self.config, sessions[0].plan),

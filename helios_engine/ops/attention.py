@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from helios_engine.trace import span
+
 logger = logging.getLogger(__name__)
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -39,7 +41,8 @@ class Attention:
     def __call__(self, q_BLHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor) -> Tensor:
         if q_BLHK.numel() == 0:  # torch's CPU kernel divides by the number of queries
             return torch.empty_like(q_BLHK)
-        return self._attend(q_BLHK, k_BMHK, v_BMHK)
+        with span("attention"):
+            return self._attend(q_BLHK, k_BMHK, v_BMHK)
 
     def with_lse(self, q_BLHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor) -> tuple[Tensor, Tensor]:
         """The same, and the natural logarithm of each row's sum of exponentials, float32 [B, L, H].
@@ -49,7 +52,8 @@ class Attention:
         if q_BLHK.numel() == 0 or k_BMHK.numel() == 0:
             lse = q_BLHK.new_full(q_BLHK.shape[:3], float("-inf"), dtype=torch.float32)
             return torch.zeros_like(q_BLHK), lse
-        return self._attend_with_lse(q_BLHK, k_BMHK, v_BMHK)
+        with span("attention"):
+            return self._attend_with_lse(q_BLHK, k_BMHK, v_BMHK)
 
 
 def choose_attention(name: str, *, device: torch.device, dtype: torch.dtype, head_dim: int) -> Attention:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from helios_engine.ops import reference
+from helios_engine.trace import span
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +79,12 @@ def _serves_gpu(index: int | None) -> bool:
     return major in _GPU_GENERATIONS
 
 
+def _run(name: str, *arguments: object, **named: object) -> None:
+    """One operator, in a range of its name."""
+    with span(name):
+        getattr(_ops, name)(*arguments, **named)
+
+
 def runs_native(x: Tensor) -> bool:
     """True where the compiled operators serve this tensor's device and dtype."""
     kind = x.device.type
@@ -104,7 +111,7 @@ def gated_residual_(x_BLD: Tensor, update_BLD: Tensor, gate_SD: Tensor | None, *
     """See reference.gated_residual_."""
     if not runs_native(x_BLD):
         return reference.gated_residual_(x_BLD, update_BLD, gate_SD, num_history=num_history)
-    _ops.residual_gate_norm(x_BLD, update_BLD, gate_SD, None, None, None, num_history, 0.0)
+    _run("residual_gate_norm", x_BLD, update_BLD, gate_SD, None, None, None, num_history, 0.0)
     return None
 
 
@@ -116,7 +123,7 @@ def norm_scale_shift(
         return reference.norm_scale_shift(x_BLD, weight_SD, bias_SD, num_history=num_history, eps=eps, out=out)
     if out is None:
         out = x_BLD.new_empty(x_BLD.shape)
-    _ops.residual_gate_norm(x_BLD, None, None, weight_SD, bias_SD, out, num_history, eps)
+    _run("residual_gate_norm", x_BLD, None, None, weight_SD, bias_SD, out, num_history, eps)
     return out
 
 
@@ -138,7 +145,7 @@ def residual_gate_norm_(
         )
     if out is None:
         out = x_BLD.new_empty(x_BLD.shape)
-    _ops.residual_gate_norm(x_BLD, update_BLD, gate_SD, weight_SD, bias_SD, out, num_history, eps)
+    _run("residual_gate_norm", x_BLD, update_BLD, gate_SD, weight_SD, bias_SD, out, num_history, eps)
     return out
 
 
@@ -146,7 +153,7 @@ def rms_norm_(x_BLD: Tensor, weight_D: Tensor, *, eps: float) -> None:
     """See reference.rms_norm_."""
     if not runs_native(x_BLD):
         return reference.rms_norm_(x_BLD, weight_D, eps=eps)
-    _ops.rmsnorm_rows(x_BLD, weight_D, eps)
+    _run("rmsnorm_rows", x_BLD, weight_D, eps)
     return None
 
 
@@ -168,7 +175,7 @@ def qk_rms_norm_rope_(
             qkv_BLE, q_weight_D, k_weight_D, rotation_LK2, history_scale_H=history_scale_H, **settings
         )
     scale = None if history_scale_H is None else history_scale_H.contiguous()
-    _ops.qk_rmsnorm_rope(qkv_BLE, q_weight_D, k_weight_D, rotation_LK2, scale, **settings)
+    _run("qk_rmsnorm_rope", qkv_BLE, q_weight_D, k_weight_D, rotation_LK2, scale, **settings)
     return None
 
 
@@ -192,7 +199,7 @@ def qk_rms_norm_rope_pack(
         )
     packed = qkv_BLE.new_empty(qkv_BLE.numel())
     scale = None if history_scale_H is None else history_scale_H.contiguous()
-    _ops.qk_rmsnorm_rope_pack(qkv_BLE, q_weight_D, k_weight_D, rotation_LK2, scale, packed, list(heads), **settings)
+    _run("qk_rmsnorm_rope_pack", qkv_BLE, q_weight_D, k_weight_D, rotation_LK2, scale, packed, list(heads), **settings)
     return packed
 
 
@@ -201,7 +208,7 @@ def unpack_heads(received: Tensor, shape: tuple[int, int, int, int], heads: Sequ
     if not runs_native(received):
         return reference.unpack_heads(received, shape, heads)
     out = received.new_empty(shape)
-    _ops.unpack_heads(received, out, list(heads))
+    _run("unpack_heads", received, out, list(heads))
     return out
 
 
@@ -214,7 +221,7 @@ def merge_partials_(out_BLHK: Tensor, lse_BLH: Tensor, other_BLHK: Tensor, other
     """See reference.merge_partials_."""
     if not (runs_native(other_BLHK) and out_BLHK.is_contiguous() and lse_BLH.is_contiguous()):
         return reference.merge_partials_(out_BLHK, lse_BLH, other_BLHK, other_lse_BLH)
-    _ops.merge_partials(out_BLHK, lse_BLH, other_BLHK.contiguous(), other_lse_BLH.contiguous())
+    _run("merge_partials", out_BLHK, lse_BLH, other_BLHK.contiguous(), other_lse_BLH.contiguous())
     return None
 
 
@@ -234,7 +241,7 @@ def patch_rows(
         tokens, length = tokens * -(-size // part), length * part
     first, last, _ = rows.indices(tokens)
     out = latents_BCTHW.new_empty(latents_BCTHW.size(0), max(0, last - first), length, dtype=dtype)
-    _ops.patch_gather(latents_BCTHW, out, list(kernel), first)
+    _run("patch_gather", latents_BCTHW, out, list(kernel), first)
     return out
 
 
@@ -243,7 +250,7 @@ def euler_step(latents: Tensor, rows_BND: Tensor, patch: tuple[int, int, int], *
     if not _steps_native(latents, rows_BND):
         return reference.euler_step(latents, rows_BND, patch, delta=delta)
     out = latents.new_empty(latents.shape, dtype=torch.float32)
-    _ops.euler_step(latents, rows_BND, out, list(patch), delta)
+    _run("euler_step", latents, rows_BND, out, list(patch), delta)
     return out
 
 
@@ -263,7 +270,7 @@ def dmd_step(
     if not native:
         return reference.dmd_step(latents, rows_BND, start, patch, sigma=sigma, sigma_next=sigma_next)
     out = latents.new_empty(latents.shape, dtype=rows_BND.dtype if start is None else start.dtype)
-    _ops.dmd_step(latents, rows_BND, start, out, list(patch), sigma, sigma_next)
+    _run("dmd_step", latents, rows_BND, start, out, list(patch), sigma, sigma_next)
     return out
 
 
@@ -284,7 +291,8 @@ def unipc_step(
             latents, rows_BND, previous_base, history, patch, sigma=sigma, correct=correct, predict=predict
         )
     x0, base, out = (latents.new_empty(latents.shape, dtype=torch.float32) for _ in range(3))
-    _ops.unipc_step(
+    _run(
+        "unipc_step",
         *(latents, rows_BND, previous_base, list(history), x0, base, out, list(patch), sigma, list(correct)),
         list(predict),
     )
@@ -309,7 +317,7 @@ def upsample_renoise(
     if not (native and x_BCTHW.dtype in (torch.float32, dtype)):
         return reference.upsample_renoise(x_BCTHW, draws_N4, factor, alpha=alpha, beta=beta, dtype=dtype)
     out = x_BCTHW.new_empty(*x_BCTHW.shape[:3], 2 * x_BCTHW.size(3), 2 * x_BCTHW.size(4))
-    _ops.upsample_renoise(x_BCTHW, draws_N4.contiguous(), factor.contiguous(), out, alpha, beta, wide)
+    _run("upsample_renoise", x_BCTHW, draws_N4.contiguous(), factor.contiguous(), out, alpha, beta, wide)
     return out
 
 
@@ -321,7 +329,7 @@ def cfg_combine(positive: Tensor, negative: Tensor, *, scale: float, zero_star: 
     workspace = None
     if zero_star:
         workspace = positive.new_empty(positive.size(0), _CFG_BLOCKS, 2, dtype=torch.float64)
-    _ops.cfg_combine(positive, negative, out, workspace, scale)
+    _run("cfg_combine", positive, negative, out, workspace, scale)
     return out
 
 
@@ -331,7 +339,7 @@ def channel_norm_silu(x_BCTHW: Tensor, gamma: Tensor, *, silu: bool = True, out:
         return reference.channel_norm_silu(x_BCTHW, gamma, silu=silu, out=out)
     if out is None:
         out = torch.empty_like(x_BCTHW)
-    _ops.channel_norm_silu(x_BCTHW, gamma.reshape(-1), out, silu)
+    _run("channel_norm_silu", x_BCTHW, gamma.reshape(-1), out, silu)
     return out
 
 
@@ -341,7 +349,7 @@ def upsample_nearest(x_BCTHW: Tensor) -> Tensor:
         return reference.upsample_nearest(x_BCTHW)
     batch, channels, frames, height, width = x_BCTHW.shape
     out = x_BCTHW.new_empty(batch, frames, 2 * height, 2 * width, channels).permute(0, 4, 1, 2, 3)
-    _ops.upsample_nearest(x_BCTHW, out)
+    _run("upsample_nearest", x_BCTHW, out)
     return out
 
 
@@ -350,7 +358,7 @@ def bias_residual_(x_BCTHW: Tensor, bias: Tensor | None, residual: Tensor | None
     last = _is_channels_last(x_BCTHW) and (residual is None or _is_channels_last(residual))
     if not (runs_native(x_BCTHW) and last):
         return reference.bias_residual_(x_BCTHW, bias, residual)
-    _ops.bias_residual(x_BCTHW, bias, residual)
+    _run("bias_residual", x_BCTHW, bias, residual)
     return None
 
 

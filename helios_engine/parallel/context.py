@@ -17,6 +17,7 @@ from torch import distributed as dist
 
 from helios_engine.parallel.mesh import Degrees, Traffic, mesh
 from helios_engine.parallel.watch import RankFailure, Watch
+from helios_engine.trace import span
 
 ProcessGroup = object  # torch's own class exists only in builds with distributed support
 DEFAULT_TIMEOUT = 30.0
@@ -47,7 +48,8 @@ class Pending:
     device: torch.device
 
     def wait(self) -> Tensor:
-        self.context._finish(self.work, self.received)
+        with span("exchange wait"):
+            self.context._finish(self.work, self.received)
         return self.received.to(self.device)
 
 
@@ -287,9 +289,10 @@ class ContextParallel:
         self.traffic.count(purpose, (send.numel() - own) * send.element_size())
         source = self._staged(send, group)
         received = source.new_empty(sum(receive_counts))
-        work = dist.all_to_all_single(
-            received, source, receive_counts, send_counts, group=self._groups[group], async_op=True
-        )
+        with span(f"exchange {purpose}"):
+            work = dist.all_to_all_single(
+                received, source, receive_counts, send_counts, group=self._groups[group], async_op=True
+            )
         self._begun(work, received, source)
         return Pending(self, work, received, send.device)
 
@@ -310,7 +313,8 @@ class ContextParallel:
         batch, own, width = rows_BnC.shape
         send = rows_BnC.new_zeros(batch, max(counts), width)
         send[:, :own] = rows_BnC
-        received = self._all_gather(send, len(counts), group)
+        with span(f"exchange {purpose}"):
+            received = self._all_gather(send, len(counts), group)
         self.traffic.count(purpose, send.numel() * send.element_size() * (len(counts) - 1))
         return torch.cat([received[rank, :, :count] for rank, count in enumerate(counts)], dim=1)
 
@@ -328,7 +332,8 @@ class ContextParallel:
 
     def exchange_branches(self, rows: Tensor, purpose: str) -> tuple[Tensor, Tensor]:
         """(branch 0's rows, branch 1's rows) from each half's own."""
-        received = self._all_gather(rows, 2, "cfg")
+        with span(f"exchange {purpose}"):
+            received = self._all_gather(rows, 2, "cfg")
         self.traffic.count(purpose, rows.numel() * rows.element_size())
         return received[0], received[1]
 
@@ -339,9 +344,10 @@ class ContextParallel:
         if self.is_first:
             self.traffic.count(purpose, tensor.numel() * tensor.element_size() * (self.size - 1))
         staged = self._staged(tensor.contiguous(), "all")
-        work = dist.broadcast(staged, self._global_ranks[0], group=self._groups["all"], async_op=True)
-        self._begun(work, staged)
-        self._finish(work, staged)
+        with span(f"exchange {purpose}"):
+            work = dist.broadcast(staged, self._global_ranks[0], group=self._groups["all"], async_op=True)
+            self._begun(work, staged)
+            self._finish(work, staged)
         return staged.to(tensor.device)
 
     def word(self, value: int) -> int:

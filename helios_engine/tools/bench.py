@@ -9,6 +9,7 @@ import statistics
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 
@@ -19,6 +20,7 @@ from helios_engine.engine.plan import Plan
 from helios_engine.parallel import launch
 from helios_engine.request import FRAMES_PER_CHUNK, VideoRequest
 from helios_engine.settings import EngineConfig, ParallelConfig
+from helios_engine.tools import profile
 from helios_engine.tools.generate import check_ranks, fields_of, plan_request
 
 PROMPT = "A red fox runs through fresh snow."
@@ -66,6 +68,10 @@ def run(options: Namespace, meeting: launch.Meeting) -> int:
         check_ranks(options.num_gpus, parallel, config, guided=plan.is_guided)
         if not options.bytes:
             _check_length(request)
+        if options.timeline is not None and not options.timeline.endswith(".png"):
+            raise ValueError(f"timeline {options.timeline} must end in .png")
+        if options.timeline is not None and options.bytes:
+            raise ValueError("bytes and timeline are two questions; ask one at a time")
         if options.num_gpus == 1 or launch.world_size() > 1:
             config = dataclasses.replace(config, device=launch.own_device(config.device))
         return request, config, parallel, plan.is_guided
@@ -79,7 +85,12 @@ def run(options: Namespace, meeting: launch.Meeting) -> int:
     try:
         engine = Engine.load(options.model, config, context)
         with context.guard():
-            found = count_bytes(engine, request) if options.bytes else bench(engine, request, repeats=options.repeats)
+            if options.bytes:
+                found = count_bytes(engine, request)
+            elif options.timeline:
+                found = timeline(engine, request, Path(options.timeline))
+            else:
+                found = bench(engine, request, repeats=options.repeats)
         if context.is_first:
             print(json.dumps(found, indent=2))
     finally:
@@ -87,6 +98,20 @@ def run(options: Namespace, meeting: launch.Meeting) -> int:
         if not context.is_broken:
             launch.stop()
     return 0
+
+
+@torch.no_grad()
+def timeline(engine: Engine, request: VideoRequest, path: Path) -> dict[str, object]:
+    """Draw the second chunk of rank 0 as a PNG and return milliseconds per category."""
+    found: list[profile.Timeline] = []
+    with engine.stream(request) as stream:
+        chunks = profile.profiled(stream, 1, lambda profiler: found.append(profile.timeline_of(profiler)))
+        for _ in range(2):
+            next(chunks)
+    if engine.context.is_first:
+        profile.draw_timeline(found[0], path)
+    totals = {name: round(value, 3) for name, value in found[0].milliseconds().items()}
+    return {**hardware(engine.device), "timeline": str(path), "chunk_ms": found[0].duration / 1e3, "ms": totals}
 
 
 @torch.no_grad()

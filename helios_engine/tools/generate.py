@@ -20,15 +20,16 @@ from helios_engine.engine.engine import Engine
 from helios_engine.engine.memory import estimate_memory
 from helios_engine.engine.plan import Plan, plan_for
 from helios_engine.engine.recording import Recording, RecordingWriter
-from helios_engine.engine.session import VideoSession
+from helios_engine.engine.session import VideoSession, VideoStream
 from helios_engine.engine.state import SessionState
 from helios_engine.output import Writer, check_output, open_writer, temporary_name, video_metadata
 from helios_engine.parallel import launch
 from helios_engine.parallel.context import ContextParallel
 from helios_engine.parallel.mesh import Degrees
 from helios_engine.parallel.watch import RankFailure
-from helios_engine.request import VideoRequest
+from helios_engine.request import VideoChunk, VideoRequest
 from helios_engine.settings import EngineConfig, ParallelConfig
+from helios_engine.tools import profile
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,7 @@ def prepare(options: Namespace) -> Job:
     if options.resume and options.checkpoint_dir is None:
         raise ValueError("resume needs checkpoint-dir, the folder of the run to go on with")
     checkpoint, plan = plan_request(options.model, request, config)
+    _check_profile(options, plan)
     degrees = check_ranks(options.num_gpus, parallel, config, guided=plan.is_guided)
     conditioning.load_pixels(request)
     recording = None
@@ -124,6 +126,25 @@ def fields_of(options: Namespace, cls: type) -> dict[str, object]:
     return {name: value for name, value in vars(options).items() if name in names}
 
 
+def _check_profile(options: Namespace, plan: Plan) -> None:
+    if options.profile is None:
+        if options.profile_chunk is not None:
+            raise ValueError("profile-chunk needs profile, the file to write the trace to")
+        return
+    profile.check_trace(options.profile)
+    if options.profile_chunk is None:
+        options.profile_chunk = 0 if plan.num_chunks == 1 else 1
+    num_chunks = plan.num_chunks
+    if options.profile_chunk < 0 or (num_chunks is not None and options.profile_chunk >= num_chunks):
+        raise ValueError(f"profile-chunk {options.profile_chunk}: the video has chunks 0 to {num_chunks - 1}")
+
+
+def _profiled(job: Job, context: ContextParallel, stream: VideoStream) -> Iterator[VideoChunk]:
+    """The stream's chunks, one of them made under the profiler; counted from where the stream begins."""
+    path = profile.trace_path(Path(job.options.profile), context.rank, context.size)
+    return profile.profiled(stream, job.options.profile_chunk, lambda found: profile.write_trace(found, path))
+
+
 def _recording_facts(
     request: VideoRequest, config: EngineConfig, checkpoint: Checkpoint, encoder: str
 ) -> dict[str, str]:
@@ -145,13 +166,14 @@ def _write_video(job: Job, context: ContextParallel) -> int:
     if kept and not quiet:
         print(f"going on after chunk {source.index} of {options.checkpoint_dir}", file=sys.stderr)
     with engine.stream(source, progress=not quiet) as stream:
+        chunks = stream if options.profile is None else _profiled(job, context, stream)
         if not context.is_first:
             with _stopped_by_hand(job):
-                for _ in stream:
+                for _ in chunks:
                     pass
             return 0
         with _open_writer(job, engine, stream.session) as writer, _stopped_by_hand(job):
-            for chunk in stream:
+            for chunk in chunks:
                 writer.write(chunk)
     print(options.output)
     return 0
