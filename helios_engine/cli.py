@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from helios_engine.engine.memory import OutOfMemory
 from helios_engine.parallel import launch
 from helios_engine.parallel.watch import RankFailure
 from helios_engine.request import VideoRequest
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)
-    except OSError as error:
+    except (OSError, OverflowError, OutOfMemory) as error:
         _complain(str(error))
         return 1
     except KeyboardInterrupt:

@@ -98,6 +98,10 @@ class EngineConfig:
     check_ranks: bool = field(
         default=False, metadata={"help": "check after every step that all ranks hold identical latents (debugging)"}
     )
+    compile: bool = field(
+        default=False,
+        metadata={"help": "torch.compile the blocks: minutes at the start, little to win over our operators"},
+    )
     offload: str = field(
         default="none",
         metadata={
@@ -121,7 +125,7 @@ class EngineConfig:
         ):
             value = getattr(self, name)
             _require(value in choices, f"{name} must be one of {', '.join(choices)}, got {value!r}")
-        for name in ("shard_vae", "check_ranks"):
+        for name in ("shard_vae", "check_ranks", "compile"):
             value = getattr(self, name)
             _require(isinstance(value, bool), f"{name} must be true or false, got {value!r}")
         ahead = self.offload_ahead

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from helios_engine.engine import conditioning
+from helios_engine.engine.autotune import settle_attention
 from helios_engine.engine.checkpoint import Checkpoint
 from helios_engine.engine.checks import check_same_latents, check_same_shape, check_state
 from helios_engine.engine.chunk import ChunkJob, StepCallback, denoise_chunk
@@ -31,7 +32,7 @@ from helios_engine.model.text import TextEncoder
 from helios_engine.model.transformer import TextContext, Transformer
 from helios_engine.model.vae import VideoAutoencoder
 from helios_engine.ops import native
-from helios_engine.ops.attention import choose_attention
+from helios_engine.ops.attention import attention_candidates, choose_attention
 from helios_engine.output import Video, collect
 from helios_engine.parallel.attention import check_exchange
 from helios_engine.parallel.context import ContextParallel
@@ -64,13 +65,12 @@ class Engine:
         weight = transformer.project_out.weight
         self.device = resolve_device(config.device) if weight.is_meta else weight.device
         self.dtype = weight.dtype
-        attention = choose_attention(
-            config.attention_backend,
-            device=self.device,
-            dtype=self.dtype,
-            head_dim=checkpoint.model.attention_head_dim,
-        )
         self.context = context or ContextParallel.single()
+        attention = settle_attention(
+            config.attention_backend, checkpoint.model, self.context, device=self.device, dtype=self.dtype
+        )
+        if config.compile:
+            transformer.compile_blocks()
         transformer.connect(attention, self.context, ring_method=config.ring_method, exchange=config.exchange)
         self._frames = FrameCodec(vae, self.context, shard=config.shard_vae)
         self._noise_factor = block_noise_factor(checkpoint.scheduler.gamma).to(self.device)
@@ -151,6 +151,12 @@ class Engine:
                 "latents": state.initial,
             }
         )
+        backend = self.transformer.attention.backend
+        if state.attention not in ("", backend):
+            logger.warning(
+                "the state was made with attention %s and goes on with %s: numbers will differ by rounding",
+                *(state.attention, backend),
+            )
         noise = NoiseSource(0)
 
         def prepare() -> Plan:
@@ -426,7 +432,11 @@ def _checked(path_or_id: str | Path, config: EngineConfig, context: ContextParal
 
 def _load_facts(checkpoint: Checkpoint, backend: str, config: EngineConfig) -> dict[str, str]:
     """What must be equal on all ranks; where the files lie and which GPU it is need not be."""
-    kind = {"device": resolve_device(config.device).type, "attention": backend}
+    device = resolve_device(config.device)
+    can_run = attention_candidates(
+        device=device, dtype=resolve_dtype(config), head_dim=checkpoint.model.attention_head_dim
+    )
+    kind = {"device": device.type, "attention": backend, "attention backends that run": ", ".join(can_run)}
     settings = {f.name: repr(getattr(config, f.name)) for f in dataclasses.fields(config) if f.name != "device"}
     parts = {name: repr(getattr(checkpoint, name)) for name in ("model", "vae", "scheduler", "recipe")}
     return {**kind, **settings, **parts}

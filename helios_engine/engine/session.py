@@ -98,6 +98,7 @@ class VideoSession:
             positive=to_cpu(self.prompt.positive),
             negative=to_cpu(self.prompt.negative),
             initial=to_cpu(self._initial),
+            attention=self._engine.transformer.attention.backend,
         )
 
     def __enter__(self) -> VideoSession:

@@ -34,12 +34,18 @@ class SessionState:
     positive: Tensor
     negative: Tensor | None
     initial: Tensor | None
+    attention: str = ""  # the backend that computed it; another one rounds otherwise
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file; it appears whole or not at all."""
         path = Path(path)
         tensors = {name: getattr(self, name) for name in _TENSORS if getattr(self, name) is not None}
-        header = {"format": _FORMAT, "index": str(self.index), "request": json.dumps(self.request)}
+        header = {
+            "format": _FORMAT,
+            "index": str(self.index),
+            "request": json.dumps(self.request),
+            "attention": self.attention,
+        }
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             save_safetensors(temporary, tensors, header)
@@ -80,7 +86,8 @@ class SessionState:
             raise ValueError(f"{path} is damaged: it lacks {', '.join(missing) or 'the request'}")
         if isinstance(settings.get("steps"), list):
             settings["steps"] = tuple(settings["steps"])
-        return cls(settings, index, **{name: tensors.get(name) for name in _TENSORS})
+        named = {name: tensors.get(name) for name in _TENSORS}
+        return cls(settings, index, **named, attention=header.get("attention", ""))
 
 
 def to_cpu(tensor: Tensor | None) -> Tensor | None:

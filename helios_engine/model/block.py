@@ -180,7 +180,10 @@ class Block(nn.Module):
             h_BLD = ops.norm_scale_shift(
                 x_BLD, rows.feed_forward_weight, rows.feed_forward_bias, num_history=num_history, eps=self.eps
             )
-        update, gate = self.ffn_down(ops.gelu_(self.ffn_up(h_BLD))), rows.feed_forward_gate
+        update, gate = (
+            self.ffn_down(ops.linear_gelu(h_BLD, self.ffn_up.weight, self.ffn_up.bias)),
+            rows.feed_forward_gate,
+        )
         if following is None:
             ops.gated_residual_(x_BLD, update, gate, num_history=num_history)
             return None

@@ -113,6 +113,13 @@ class Transformer(nn.Module):
         """Let the blocks take turns on the device; keep_text says whether all layers' text keys and values stay there."""
         self._ring, self._keeps_text = ring, keep_text
 
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Compile the parts of a block that talk to no other rank; once for each shape of each stage, then for all blocks."""
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        for block in self.blocks:
+            for name in ("normed", "project", "attend_text_", "feed_forward_"):
+                setattr(block, name, torch.compile(getattr(block, name), backend=backend, dynamic=False))
+
     def rest(self) -> None:
         """Nothing is computed for a while: blocks that take turns give their memory back."""
         if self._ring is not None:

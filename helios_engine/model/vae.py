@@ -298,6 +298,7 @@ class VideoAutoencoder(nn.Module):
         pieces = [pixels[:, :, :1], *(pixels[:, :, 1:].split(size, dim=2) if rest else ())]
         parts = [self.encoder(piece, cache) for piece in pieces]
         moments = self.quant_conv(torch.cat(parts, dim=2), cache).float()
+        self._check_range(moments)
         mean, log_variance = (moments if slab is None else slab.gather_rows(moments)).chunk(2, dim=1)
         return mean, torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))
 
@@ -315,7 +316,16 @@ class VideoAutoencoder(nn.Module):
         rest = hidden.size(2) - 1
         size = rest if frames_per_call is None else min(frames_per_call, rest)
         pieces = [hidden[:, :, :1], *(hidden[:, :, 1:].split(size, dim=2) if rest else ())]
-        return torch.cat([self.decoder(piece, cache) for piece in pieces], dim=2).clamp_(-1.0, 1.0)
+        pixels = torch.cat([self.decoder(piece, cache) for piece in pieces], dim=2)
+        self._check_range(pixels)
+        return pixels.clamp_(-1.0, 1.0)
+
+    def _check_range(self, values: Tensor) -> None:
+        """In float16, refuse what went past 65504: infinities become NaN at the next norm and reach the end."""
+        if self.dtype == torch.float16 and not bool(values.isfinite().all()):
+            raise OverflowError(
+                "the VAE's activations exceed float16's range (65504) on this video; use vae dtype bfloat16 or float32"
+            )
 
     def normalize(self, latents: Tensor) -> Tensor:
         """Latents as the transformer sees them: per channel (x - mean) / std."""

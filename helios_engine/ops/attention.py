@@ -8,7 +8,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
-from collections.abc import Callable
+import statistics
+import time
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -57,24 +59,64 @@ class Attention:
 
 
 def choose_attention(name: str, *, device: torch.device, dtype: torch.dtype, head_dim: int) -> Attention:
-    """The backend called name, or under "auto" the fastest exact one that can run here.
+    """The backend called name, or under "auto" the first of attention_candidates.
 
-    On a GPU the order is FlashAttention-3 (Hopper, bfloat16, package installed), then torch's attention with cuDNN
-    before flash (cuDNN is 1.7 to 2.3 times faster on Hopper than torch's own default order, transformers issue
-    48163), on the CPU torch's. FlashAttention-2 and -4 run when asked for. Raises ValueError when a backend that was
-    asked for cannot run, saying why.
+    Raises ValueError when a backend that was asked for cannot run, saying why.
     """
-    if name != "auto":
-        if reason := _refusal(name, device, dtype, head_dim):
-            raise ValueError(f"attention backend {name} cannot run: {reason}; use auto or another one")
-        return _make(name, device)
-    if device.type == "cuda":
-        for candidate in ("fa3", "cudnn", "flash"):
-            reason = _refusal(candidate, device, dtype, head_dim)
-            if reason is None:
-                return _make(candidate, device)
+    if name == "auto":
+        return _make(attention_candidates(device=device, dtype=dtype, head_dim=head_dim)[0], device)
+    if reason := _refusal(name, device, dtype, head_dim):
+        raise ValueError(f"attention backend {name} cannot run: {reason}; use auto or another one")
+    return _make(name, device)
+
+
+def attention_candidates(*, device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
+    """Exact backends that can run here and may be the fastest, the likeliest first; never empty.
+
+    On a GPU FlashAttention-3 (Hopper, bfloat16, package installed), then torch's attention with cuDNN before flash (cuDNN
+    is 1.7 to 2.3 times faster on Hopper than torch's own default order, transformers issue 48163); elsewhere torch's own.
+    FlashAttention-2 and -4 run when asked for.
+    """
+    found = []
+    for candidate in ("fa3", "cudnn", "flash") if device.type == "cuda" else ():
+        reason = _refusal(candidate, device, dtype, head_dim)
+        if reason is None:
+            found.append(candidate)
+        else:
             logger.info("attention: %s left out, %s", candidate, reason)
-    return _make("sdpa", device)
+    return found or ["sdpa"]
+
+
+def time_attention(
+    names: Sequence[str],
+    shapes: Sequence[tuple[int, int, int]],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    repeats: int = 5,
+) -> dict[str, float]:
+    """Seconds that one call of every shape (queries, keys, heads) takes together, by backend: the median of some."""
+    totals = dict.fromkeys(names, 0.0)
+    for queries, keys, heads in shapes:
+        q, k, v = (torch.randn(1, n, heads, head_dim, device=device, dtype=dtype) for n in (queries, keys, keys))
+        for name in names:
+            attend = _make(name, device)
+            attend(q, k, v)
+            seconds = []
+            for _ in range(repeats):
+                _drain(device)
+                start = time.perf_counter()
+                attend(q, k, v)
+                _drain(device)
+                seconds.append(time.perf_counter() - start)
+            totals[name] += statistics.median(seconds)
+    return totals
+
+
+def _drain(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _refusal(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:

@@ -162,6 +162,11 @@ def gelu_(x: Tensor) -> Tensor:
     return torch.ops.aten.gelu_(x, approximate="tanh")
 
 
+def linear_gelu(x_BLD: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """tanh-GELU of x weight^T + bias, [B, L, D] -> [B, L, F]."""
+    return gelu_(F.linear(x_BLD, weight, bias))
+
+
 def merge_partials_(out_BLHK: Tensor, lse_BLH: Tensor, other_BLHK: Tensor, other_lse_BLH: Tensor) -> None:
     """Fold a second attention partial, over other keys, into the first, in place; out and both lse are float32.
 

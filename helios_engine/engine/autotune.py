@@ -1,0 +1,107 @@
+"""The attention backend, settled by timing where more than one can run; remembered per device."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from helios_engine.config import ModelConfig
+from helios_engine.ops.attention import Attention, attention_candidates, choose_attention, time_attention
+from helios_engine.parallel.context import ContextParallel
+
+logger = logging.getLogger(__name__)
+
+# Queries and keys of a forward at 384x640: the pyramid's three stages over all tokens, and the noisy rows over the text.
+_SELF_TOKENS = (2940, 4560, 11040)
+_CROSS = (8640, 512)
+
+
+def settle_attention(
+    wanted: str, model: ModelConfig, context: ContextParallel, *, device: torch.device, dtype: torch.dtype
+) -> Attention:
+    """The backend asked for, or under "auto" the fastest here: rank 0 times the candidates, all ranks take its choice.
+
+    The choice is kept in a file per machine (cache_file), so only the first run on a device pays for it. Collective when
+    several ranks have more than one candidate; all must have the same ones.
+    """
+    head_dim = model.attention_head_dim
+    names = attention_candidates(device=device, dtype=dtype, head_dim=head_dim)
+    if wanted != "auto" or len(names) == 1:
+        return choose_attention(wanted, device=device, dtype=dtype, head_dim=head_dim)
+    choice = None
+    if context.is_first:
+        shapes = real_shapes(model, context)
+        choice = _remembered_or_timed(names, shapes, device=device, dtype=dtype, head_dim=head_dim).encode()
+    name = context.share_bytes(choice).decode()
+    return choose_attention(name, device=device, dtype=dtype, head_dim=head_dim)
+
+
+def real_shapes(model: ModelConfig, context: ContextParallel) -> list[tuple[int, int, int]]:
+    """(queries, keys, heads) of one rank's attention calls at the usual size."""
+    degrees = context.degrees
+    heads = -(-model.num_attention_heads // degrees.ulysses)
+    shapes = [(-(-tokens // degrees.ring), -(-tokens // degrees.ring), heads) for tokens in _SELF_TOKENS]
+    return [*shapes, (-(-_CROSS[0] // context.sequence_size), _CROSS[1], model.num_attention_heads)]
+
+
+def cache_file() -> Path:
+    """Where choices are remembered: below XDG_CACHE_HOME, by default ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "helios_engine" / "attention.json"
+
+
+def _remembered_or_timed(
+    names: Sequence[str],
+    shapes: Sequence[tuple[int, int, int]],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+) -> str:
+    facts = (_device_name(device), torch.__version__, str(dtype), head_dim, *names, *shapes)
+    key = " | ".join(map(str, facts))
+    path = cache_file()
+    known = _read(path)
+    found = known.get(key)
+    if isinstance(found, dict) and found.get("backend") in names:
+        logger.info("attention %s, as timed on this device before (%s)", found["backend"], path)
+        return found["backend"]
+    times = time_attention(names, shapes, device=device, dtype=dtype, head_dim=head_dim)
+    best = min(times, key=times.__getitem__)
+    said = ", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in times.items())
+    logger.info("attention %s: %s for one call of each shape", best, said)
+    _write(path, {**known, key: {"backend": best, "seconds": times}})
+    return best
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _read(path: Path) -> dict[str, object]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        logger.warning("%s cannot be read and is written anew: %s", path, error)
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _write(path: Path, values: dict[str, object]) -> None:
+    """A home that cannot be written to costs the next run its timing, no more."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        logger.warning("the attention choice cannot be kept in %s: %s", path, error)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
