@@ -12,6 +12,8 @@ TEXT_ENCODER_RANKS = ("first", "all")
 DTYPES = ("auto", "bfloat16", "float32")
 VAE_DTYPES = ("float32", "bfloat16", "float16")
 OFFLOADS = ("none", "group", "model")
+# What a quality setting switches on: (history_refresh, block_cache, fp8).
+QUALITIES = {"exact": (1, 0.0, False), "high": (2, 0.0, False), "fast": (2, 0.1, True)}
 
 
 def _require(condition: bool, message: str) -> None:
@@ -98,6 +100,24 @@ class EngineConfig:
     check_ranks: bool = field(
         default=False, metadata={"help": "check after every step that all ranks hold identical latents (debugging)"}
     )
+    quality: str = field(
+        default="exact",
+        metadata={
+            "help": "exact computes everything; high sets history-refresh 2, fast also block-cache 0.1 and fp8",
+            "choices": tuple(QUALITIES),
+        },
+    )
+    history_refresh: int | None = field(
+        default=None,
+        metadata={"help": "approximate: let history through the blocks in every N-th step of a stage only"},
+    )
+    block_cache: float | None = field(
+        default=None,
+        metadata={
+            "help": "approximate: reuse the middle blocks' change while the first blocks' differs less than this share"
+        },
+    )
+    fp8: bool | None = field(default=None, metadata={"help": "approximate: the blocks' products in 8 bits (e4m3)"})
     compile: bool = field(
         default=False,
         metadata={"help": "torch.compile the blocks: minutes at the start, little to win over our operators"},
@@ -122,14 +142,52 @@ class EngineConfig:
             ("ring_method", RING_METHODS),
             ("text_encoder_ranks", TEXT_ENCODER_RANKS),
             ("offload", OFFLOADS),
+            ("quality", tuple(QUALITIES)),
         ):
             value = getattr(self, name)
             _require(value in choices, f"{name} must be one of {', '.join(choices)}, got {value!r}")
         for name in ("shard_vae", "check_ranks", "compile"):
             value = getattr(self, name)
             _require(isinstance(value, bool), f"{name} must be true or false, got {value!r}")
+        self._check_approximations()
         ahead = self.offload_ahead
         is_whole = isinstance(ahead, int) and not isinstance(ahead, bool)
         _require(is_whole and 1 <= ahead <= 64, f"offload_ahead must be a whole number from 1 to 64, got {ahead!r}")
         known = isinstance(self.device, str) and re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device)
         _require(known, f"device must be auto, cpu, cuda or cuda:N with a number, got {self.device!r}")
+
+    @property
+    def approximations(self) -> tuple[int, float, bool]:
+        """(history_refresh, block_cache, fp8) as quality and the single settings say; a single one wins."""
+        given = (self.history_refresh, self.block_cache, self.fp8)
+        return tuple(preset if own is None else own for own, preset in zip(given, QUALITIES[self.quality], strict=True))
+
+    def _check_approximations(self) -> None:
+        refresh, cache, fp8 = self.history_refresh, self.block_cache, self.fp8
+        is_whole = isinstance(refresh, int) and not isinstance(refresh, bool)
+        _require(
+            refresh is None or (is_whole and 1 <= refresh <= 1000),
+            f"history_refresh must be a whole number from 1 (every step, exact) to 1000, got {refresh!r}",
+        )
+        is_number = isinstance(cache, int | float) and not isinstance(cache, bool)
+        _require(
+            cache is None or (is_number and 0 <= cache < 1),
+            f"block_cache must be from 0 (off, exact) to below 1, got {cache!r}",
+        )
+        _require(fp8 is None or isinstance(fp8, bool), f"fp8 must be true or false, got {fp8!r}")
+        _require(
+            not (self.approximations[2] and self.offload != "none"),
+            f"fp8 weights are made when a checkpoint is loaded, offload {self.offload} reads it again and again; use one",
+        )
+        _require(
+            not (self.approximations[2] and self.compile),
+            "compile leaves fp8 products to torch's own choice of kernels; use one of the two",
+        )
+
+
+def describe_approximations(config: EngineConfig) -> str:
+    """Which approximations are on, for people; "none" when every number is computed as it should be."""
+    refresh, cache, fp8 = config.approximations
+    parts = [f"history refresh every {refresh} steps"] * (refresh > 1)
+    parts += [f"block cache {cache:g}"] * (cache > 0) + ["fp8 products"] * fp8
+    return ", ".join(parts) or "none"

@@ -10,8 +10,24 @@ from torch import Tensor
 from helios_engine.config import NUM_HISTORY_FRAMES
 from helios_engine.engine.plan import Plan
 from helios_engine.engine.state import SessionState
+from helios_engine.ops import fp8
 from helios_engine.parallel.context import ContextParallel
 from helios_engine.request import VideoRequest
+from helios_engine.settings import EngineConfig
+
+
+def check_approximations(
+    config: EngineConfig, context: ContextParallel, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Raise ValueError where an approximation that was asked for cannot run here."""
+    refresh, _, uses_fp8 = config.approximations
+    if refresh > 1 and context.sequence_size > 1:
+        raise ValueError(
+            f"history_refresh {refresh} keeps keys and values of the whole history on each rank, but {context.describe()} "
+            "share them out; use history_refresh 1, or cfg degree 2 alone"
+        )
+    if uses_fp8 and (reason := fp8.refusal(device, dtype)):
+        raise ValueError(f"fp8 cannot run: {reason}; leave it out")
 
 
 def check_state(state: SessionState, plan: Plan, *, channels: int) -> None:

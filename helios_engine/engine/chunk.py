@@ -14,6 +14,7 @@ from torch import Tensor
 from helios_engine.config import LATENT_FRAMES_PER_CHUNK, SchedulerConfig
 from helios_engine.engine.control import Control
 from helios_engine.engine.plan import Plan
+from helios_engine.model.reuse import Approximations, Reuse
 from helios_engine.model.transformer import ChunkContext, Transformer
 from helios_engine.sampling import guidance, pyramid
 from helios_engine.sampling.noise import NoiseSource
@@ -34,6 +35,7 @@ class ChunkJob:
     initial_BCTHW: Tensor | None  # given start noise; else it is drawn
     on_step: StepCallback | None
     control: Control  # asked before every step
+    approximations: Approximations
 
 
 def denoise_chunk(transformer: Transformer, scheduler: SchedulerConfig, noise_factor: Tensor, job: ChunkJob) -> Tensor:
@@ -47,11 +49,14 @@ def denoise_chunk(transformer: Transformer, scheduler: SchedulerConfig, noise_fa
                 alpha, beta = pyramid.renoise_weights(schedule.ori_start_sigma, scheduler.gamma)
                 draws = _block_draws(latents, job)
                 latents = pyramid.enlarge(latents, draws, noise_factor, alpha=alpha, beta=beta, dtype=dtype)
+            reuse = None
+            if job.approximations.any:
+                reuse = Reuse(job.approximations, len(job.context.texts), len(transformer.blocks))
             solver = make_solver(scheduler, schedule, latents, transformer.config.patch_size)
             for step, timestep in enumerate(schedule.timesteps):
                 job.control.check()
                 with span("step"):
-                    velocity = _velocity(transformer, job, latents, stage, step, timestep)
+                    velocity = _velocity(transformer, job, latents, stage, step, timestep, reuse)
                     latents = solver.step(latents, velocity, step)
                 if job.on_step is not None:
                     job.on_step(stage, step, latents)
@@ -72,7 +77,13 @@ def _block_draws(latents_BCTHW: Tensor, job: ChunkJob) -> Tensor:
 
 
 def _velocity(
-    transformer: Transformer, job: ChunkJob, latents: Tensor, stage: int, step: int, timestep: float
+    transformer: Transformer,
+    job: ChunkJob,
+    latents: Tensor,
+    stage: int,
+    step: int,
+    timestep: float,
+    reuse: Reuse | None,
 ) -> Tensor:
     """The (guided) velocity as output rows [B, N, C * patch] in the model's dtype."""
     plan = job.plan
@@ -80,7 +91,7 @@ def _velocity(
     if plan.holds_still(stage, step):
         return weight.new_zeros(latents.size(0), latents[0].numel() // weight.size(0), weight.size(0))
     shown = float(int(timestep)) if plan.recipe.integer_timesteps else timestep
-    rows = transformer(latents.to(weight.dtype), shown, job.context)
+    rows = transformer(latents.to(weight.dtype), shown, job.context, reuse)
     if not plan.is_guided:
         return rows[0]
     recipe = plan.recipe

@@ -16,7 +16,7 @@ from torch import Tensor
 from helios_engine.engine import conditioning
 from helios_engine.engine.autotune import settle_attention
 from helios_engine.engine.checkpoint import Checkpoint
-from helios_engine.engine.checks import check_same_latents, check_same_shape, check_state
+from helios_engine.engine.checks import check_approximations, check_same_latents, check_same_shape, check_state
 from helios_engine.engine.chunk import ChunkJob, StepCallback, denoise_chunk
 from helios_engine.engine.control import Cancelled, Control
 from helios_engine.engine.devices import resolve_device, resolve_dtype
@@ -28,6 +28,7 @@ from helios_engine.engine.offload import Turns, load_components
 from helios_engine.engine.plan import Plan, plan_for
 from helios_engine.engine.session import PromptEmbeddings, VideoSession, VideoStream
 from helios_engine.engine.state import SessionState
+from helios_engine.model.reuse import Approximations
 from helios_engine.model.text import TextEncoder
 from helios_engine.model.transformer import TextContext, Transformer
 from helios_engine.model.vae import VideoAutoencoder
@@ -39,7 +40,7 @@ from helios_engine.parallel.context import ContextParallel
 from helios_engine.request import ChunkTiming, VideoChunk, VideoRequest
 from helios_engine.sampling.noise import NoiseSource
 from helios_engine.sampling.pyramid import block_noise_factor
-from helios_engine.settings import EngineConfig
+from helios_engine.settings import EngineConfig, describe_approximations
 from helios_engine.trace import chunk_span, span
 
 logger = logging.getLogger(__name__)
@@ -69,6 +70,10 @@ class Engine:
         attention = settle_attention(
             config.attention_backend, checkpoint.model, self.context, device=self.device, dtype=self.dtype
         )
+        refresh, block_cache, uses_fp8 = config.approximations
+        self.approximations = Approximations(refresh, block_cache)
+        if uses_fp8:
+            transformer.to_fp8_()
         if config.compile:
             transformer.compile_blocks()
         transformer.connect(attention, self.context, ring_method=config.ring_method, exchange=config.exchange)
@@ -291,6 +296,7 @@ class Engine:
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": str(self.device),
             "attention": self.transformer.attention.backend,
+            "approximations": describe_approximations(self.config),
             "ranks": self.context.describe(),
             "helios_engine": __version__,
             "torch": torch.__version__,
@@ -340,6 +346,7 @@ class Engine:
             initial_BCTHW=None if initial[0] is None else torch.cat(initial),
             on_step=on_step,
             control=first.control,
+            approximations=self.approximations,
         )
 
     def _session(
@@ -426,6 +433,7 @@ def _checked(path_or_id: str | Path, config: EngineConfig, context: ContextParal
         backend=attention.backend,
         ring_method=config.ring_method,
     )
+    check_approximations(config, context, device, dtype)
     checkpoint.check()
     return checkpoint, attention.backend
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from helios_engine.config import ModelConfig
 from helios_engine.ops import native as ops
 from helios_engine.ops.attention import Attention
+from helios_engine.ops.fp8 import Fp8Linear
 
 _MAX_HISTORY_SCALE = 10.0
 
@@ -95,7 +96,7 @@ class Block(nn.Module):
         if first_query:
             qkv = h_BLD.new_empty(*h_BLD.shape[:2], 3 * h_BLD.size(-1))
             dim = h_BLD.size(-1)
-            qkv[:, :first_query, dim:] = F.linear(h_BLD[:, :first_query], self.qkv.weight[dim:], self.qkv.bias[dim:])
+            qkv[:, :first_query, dim:] = _outputs_from(self.qkv, h_BLD[:, :first_query], dim)
             qkv[:, first_query:] = self.qkv(h_BLD[:, first_query:])
         else:
             qkv = self.qkv(h_BLD)
@@ -181,7 +182,7 @@ class Block(nn.Module):
                 x_BLD, rows.feed_forward_weight, rows.feed_forward_bias, num_history=num_history, eps=self.eps
             )
         update, gate = (
-            self.ffn_down(ops.linear_gelu(h_BLD, self.ffn_up.weight, self.ffn_up.bias)),
+            self.ffn_down(_with_gelu(self.ffn_up, h_BLD)),
             rows.feed_forward_gate,
         )
         if following is None:
@@ -192,6 +193,11 @@ class Block(nn.Module):
             num_history=num_history,
             eps=self.eps,
         )
+
+    def to_fp8_(self) -> None:
+        """Keep the large weights in 8 bits, but for the text's keys and values, which are made once."""
+        for name in ("qkv", "out", "cross_q", "cross_out", "ffn_up", "ffn_down"):
+            setattr(self, name, Fp8Linear(getattr(self, name)))
 
     def checkpoint_slots(self) -> dict[str, Tensor]:
         """Checkpoint name below "blocks.N." -> the tensor to fill, viewed in the checkpoint's shape."""
@@ -218,3 +224,16 @@ class Block(nn.Module):
         if self.history_key_scale is not None:
             slots["attn1.history_key_scale"] = self.history_key_scale.data
         return slots
+
+
+def _outputs_from(layer: nn.Linear | Fp8Linear, x: Tensor, start: int) -> Tensor:
+    """A linear layer's outputs without the first ones."""
+    if isinstance(layer, Fp8Linear):
+        return layer(x, start)
+    return F.linear(x, layer.weight[start:], layer.bias[start:])
+
+
+def _with_gelu(layer: nn.Linear | Fp8Linear, x: Tensor) -> Tensor:
+    if isinstance(layer, Fp8Linear):
+        return ops.gelu_(layer(x))
+    return ops.linear_gelu(x, layer.weight, layer.bias)

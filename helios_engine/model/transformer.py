@@ -18,6 +18,7 @@ from helios_engine.model.block import Block, Modulation
 from helios_engine.model.cache import BoundedCache
 from helios_engine.model.embed import Embedder, HistoryWindow
 from helios_engine.model.offload import LayerRing
+from helios_engine.model.reuse import Reuse
 from helios_engine.ops import native as ops
 from helios_engine.ops.attention import Attention
 from helios_engine.parallel.attention import SequenceAttention, make_sequence_attention
@@ -73,6 +74,7 @@ class _Forward:
     rotation: Tensor  # [l, K/2, 2] of this rank's tokens
     modulations: list[Modulation]
     context: ChunkContext
+    reuse: Reuse | None
 
 
 class Transformer(nn.Module):
@@ -120,6 +122,11 @@ class Transformer(nn.Module):
             for name in ("normed", "project", "attend_text_", "feed_forward_"):
                 setattr(block, name, torch.compile(getattr(block, name), backend=backend, dynamic=False))
 
+    def to_fp8_(self) -> None:
+        """Keep the blocks' large weights in 8 bits; approximate."""
+        for block in self.blocks:
+            block.to_fp8_()
+
     def rest(self) -> None:
         """Nothing is computed for a while: blocks that take turns give their memory back."""
         if self._ring is not None:
@@ -161,12 +168,19 @@ class Transformer(nn.Module):
             first_qkv = block.project(normed, rotation, num_history=num_history)
         return ChunkContext(total, history_BlD, rotation, first_qkv, texts)
 
-    def forward(self, latents_BCTHW: Tensor, timestep: float, context: ChunkContext) -> tuple[Tensor, ...]:
+    def forward(
+        self, latents_BCTHW: Tensor, timestep: float, context: ChunkContext, reuse: Reuse | None = None
+    ) -> tuple[Tensor, ...]:
         """One velocity per prompt, as rows [B, N, C * patch], channel fastest (ops.unpatchify); the same on every rank.
 
         Tokens are sharded here, once; inside the blocks only self-attention talks between ranks; the noisy rows are
-        gathered at the end. When two halves of the ranks compute one guidance branch each, both are returned.
+        gathered at the end. When two halves of the ranks compute one guidance branch each, both are returned. reuse carries
+        what earlier steps of the stage left, for the approximations of model/reuse.py.
         """
+        if reuse is not None:
+            reuse.begin(len(context.texts))
+            if reuse.uses_history:
+                context = ChunkContext(0, None, None, None, context.texts)
         grid = (latents_BCTHW.size(-2) // 2, latents_BCTHW.size(-1) // 2)
         layout = self._layout(context.total_history, latents_BCTHW.size(2) * grid[0] * grid[1])
         own = layout.noisy_slice(self.parallel.sequence_rank)
@@ -175,7 +189,7 @@ class Transformer(nn.Module):
         x_BlD = self.embed.noisy(latents_BCTHW, own, after=context.history_BlD)
         if context.history_BlD is not None:
             rotation = torch.cat([context.history_rotation, rotation])
-        work = _Forward(layout, rotation, self._modulations(timestep), context)
+        work = _Forward(layout, rotation, self._modulations(timestep), context, reuse)
         # Text enters at the first block's cross-attention, so what comes before is shared by all prompts.
         with span("self_attention"):
             h_BlD = self._attend_self_(0, x_BlD, None, work)
@@ -185,33 +199,44 @@ class Transformer(nn.Module):
                 rows, h = work.modulations[0], None if h_BlD is None else h_BlD[:, :num_history]
                 self.block(0).feed_forward_(x_BlD[:, :num_history], h, rows, None, num_history=num_history)
         outputs = []
-        for text in context.texts:
+        for place in range(len(context.texts)):
             own_BlD, own_h = x_BlD, h_BlD
             if len(context.texts) > 1:
                 own_BlD, own_h = x_BlD.clone(), None if h_BlD is None else h_BlD.clone()
-            self._finish_(own_BlD, own_h, work, text, history_done=share_history)
+            self._finish_(own_BlD, own_h, work, place, history_done=share_history)
             rows = self._output(own_BlD[:, num_history:], timestep)
             outputs.append(self.parallel.gather_rows(rows, layout.noisy, "gather"))
+        if reuse is not None:
+            reuse.end()
         if self.parallel.degrees.cfg > 1:
             return self.parallel.exchange_branches(outputs[0], "branches")
         return tuple(outputs)
 
-    def _finish_(
-        self, x_BlD: Tensor, h_BlD: Tensor | None, work: _Forward, text: TextContext, *, history_done: bool
-    ) -> None:
-        """Everything after the first block's self-attention, in place; h is x through that block's middle norm.
+    def _finish_(self, x_BlD: Tensor, h_BlD: Tensor | None, work: _Forward, place: int, *, history_done: bool) -> None:
+        """Everything after the first block's self-attention, in place, for one prompt by its place among the texts.
+
+        h is x through that block's middle norm.
 
         After a block's self-attention h holds its rows, all of them or in the last block the noisy ones, each ready for
         what comes next to it. After a feed-forward over all rows it is what the next block projects.
         """
-        num_history = work.context.num_history
+        num_history, text = work.context.num_history, work.context.texts[place]
         text_from = num_history if self.config.guidance_cross_attn else 0
-        last = len(self.blocks) - 1
+        last, skipped_to = len(self.blocks) - 1, 0
+        middle = None if work.reuse is None or not work.reuse.middles[place].is_on else work.reuse.middles[place]
+        if middle is not None:
+            middle.enter(x_BlD, num_history)
         for index in range(len(self.blocks)):
+            if middle is not None and index == middle.begin and middle.skips(x_BlD, num_history, self.parallel.word):
+                h_BlD, skipped_to = None, middle.end
+            if index < skipped_to:
+                continue
+            if middle is not None and index == middle.end and not skipped_to:
+                middle.leave(x_BlD)
             block, rows = self.block(index), work.modulations[index]
             if index:
                 with span("self_attention"):
-                    h_BlD = self._attend_self_(index, x_BlD, h_BlD, work)
+                    h_BlD = self._attend_self_(index, x_BlD, h_BlD, work, place)
             first = num_history if index == last else 0  # h's first row in x
 
             def part(start: int, h: Tensor | None = h_BlD, first: int = first) -> Tensor | None:
@@ -231,8 +256,13 @@ class Transformer(nn.Module):
                     x_BlD[:, start:], part(start), rows, following, num_history=num_history - start
                 )
 
-    def _attend_self_(self, index: int, x_BlD: Tensor, h_BlD: Tensor | None, work: _Forward) -> Tensor | None:
-        """One block's self-attention; h is x as the block projects it, or None to have it computed."""
+    def _attend_self_(
+        self, index: int, x_BlD: Tensor, h_BlD: Tensor | None, work: _Forward, place: int | None = None
+    ) -> Tensor | None:
+        """One block's self-attention; h is x as the block projects it, or None to have it computed.
+
+        place is the prompt's among the texts, None in the first block.
+        """
         block, rows, context = self.block(index), work.modulations[index], work.context
         num_history = context.num_history
         # After the last block only noisy rows are read, so its history rows need keys and values alone.
@@ -248,7 +278,14 @@ class Transformer(nn.Module):
             heads = None if noisy_only else sequence.heads_to_pack(layout)
             first_query = num_history if noisy_only else 0
             qkv = block.project(h_BlD, work.rotation, num_history=num_history, first_query=first_query, heads=heads)
-        if qkv.ndim == 1:
+        if work.reuse is not None and work.reuse.settings.history_refresh > 1:
+            heads, dim = (block.num_heads, block.head_dim), block.num_heads * block.head_dim
+            k, v = (
+                work.reuse.keys_values(place, index, qkv[..., dim:], num_history).unflatten(-1, (2, *heads)).unbind(2)
+            )
+            q = qkv[:, num_history if noisy_only else 0 :, :dim].unflatten(-1, heads)
+            attend = functools.partial(self.attention, q, k, v)
+        elif qkv.ndim == 1:
             attend = functools.partial(sequence.attend_packed, qkv, layout, batch=x_BlD.size(0))
         else:
             qkv = qkv.unflatten(-1, (3, block.num_heads, block.head_dim))

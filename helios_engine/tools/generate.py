@@ -28,7 +28,7 @@ from helios_engine.parallel.context import ContextParallel
 from helios_engine.parallel.mesh import Degrees
 from helios_engine.parallel.watch import RankFailure
 from helios_engine.request import VideoChunk, VideoRequest
-from helios_engine.settings import EngineConfig, ParallelConfig
+from helios_engine.settings import EngineConfig, ParallelConfig, describe_approximations
 from helios_engine.tools import profile
 
 
@@ -243,6 +243,8 @@ def _print_plan(job: Job) -> None:
     print(
         f"recipe      steps {','.join(map(str, recipe.steps))}, guidance {guidance}, {checkpoint.scheduler.scheduler_type}"
     )
+    if (approximations := describe_approximations(config)) != "none":
+        print(f"approximate {approximations}")
     print(f"forwards    {forwards[0]} in the first chunk, {forwards[1]} in each later one")
     for size, tokens in zip(plan.stage_sizes, plan.tokens_per_stage, strict=True):
         print(f"stage       latents 9x{size[0]}x{size[1]}, {tokens} noisy + {plan.history_tokens} history tokens")

@@ -160,6 +160,15 @@ def stop_early(parallel: ContextParallel, *, folder: str, arguments: dict, how: 
     return chunks, len(steps)
 
 
+def refuse_loading(parallel: ContextParallel, *, folder: str, settings: dict) -> str:
+    """What loading with these settings is refused with."""
+    try:
+        Engine.load(folder, EngineConfig(device="cpu", dtype="float32", **settings), parallel)
+    except ValueError as error:
+        return str(error)
+    return "loaded"
+
+
 def refuse(parallel: ContextParallel, *, folder: str, arguments: dict) -> str:
     """What a request that does not fit the ranks says."""
     try:

@@ -1,0 +1,62 @@
+"""Linear layers in 8-bit floating point (e4m3): one scale per row of either operand. Approximate, so asked for by name.
+
+# M rows, D in, F out
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+E4M3 = torch.float8_e4m3fn
+_LARGEST = 448.0  # e4m3's largest number
+_TINY = 1e-12
+
+
+def quantize_rows(x_MD: Tensor) -> tuple[Tensor, Tensor]:
+    """(x / scale in e4m3, scale [M, 1] float32) with every row's largest magnitude at e4m3's largest number."""
+    wide = x_MD.float()
+    scale = wide.abs().amax(dim=-1, keepdim=True).clamp_min(_TINY) / _LARGEST
+    return (wide / scale).to(E4M3), scale
+
+
+def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why 8-bit products cannot run there, or None. On the CPU they are emulated, for tests."""
+    if device.type == "cpu":
+        return None
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+        return "products with a scale per row need a Hopper GPU (sm_90) or newer"
+    if dtype != torch.bfloat16:
+        return f"its products come out in bfloat16, but the model computes in {str(dtype).removeprefix('torch.')}"
+    return None
+
+
+class Fp8Linear(nn.Module):
+    """A linear layer whose weight is kept in e4m3; the activations are rounded row by row as they come."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight, scale = quantize_rows(linear.weight.data)
+        self.weight_FD = nn.Parameter(weight, requires_grad=False)
+        self.scale_F = nn.Parameter(scale.view(-1), requires_grad=False)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor, start: int = 0) -> Tensor:
+        """x weight^T + bias; start leaves out the first outputs."""
+        rows_MD = x.reshape(-1, x.size(-1))
+        weight_FD, scale_F, bias = self.weight_FD[start:], self.scale_F[start:], self.bias[start:]
+        quantized, scale_M1 = quantize_rows(rows_MD)
+        if x.is_cuda:
+            out = torch._scaled_mm(
+                quantized,
+                weight_FD.t(),
+                scale_a=scale_M1,
+                scale_b=scale_F[None],
+                bias=bias,
+                out_dtype=x.dtype,
+                use_fast_accum=True,
+            )
+        else:
+            exact = (quantized.float() * scale_M1) @ (weight_FD.float() * scale_F[:, None]).t()
+            out = (exact + bias.float()).to(x.dtype)
+        return out.view(*x.shape[:-1], -1)
