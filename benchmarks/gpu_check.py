@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.gpu_modes import offload_figures, quality_figures
 from benchmarks.gpu_ranks import sharded_against_one, share_times
 from helios_engine import Engine, EngineConfig, VideoRequest
 from helios_engine.config import LATENT_FRAMES_PER_CHUNK, ModelConfig, Recipe, SchedulerConfig, VaeConfig
@@ -64,7 +65,7 @@ TINY = Scale(
 )
 
 
-def make_engine(scale: Scale, *, vae_dtype: str = "float32") -> Engine:
+def make_engine(scale: Scale, *, vae_dtype: str = "float32", **settings: object) -> Engine:
     """A Distilled engine with random weights on the device and no text encoder."""
     scheduler = SchedulerConfig("dmd", use_dynamic_shifting=True, time_shift_type="linear")
     index = {"_class_name": "HeliosPyramidPipeline", "is_distilled": True}
@@ -76,7 +77,7 @@ def make_engine(scale: Scale, *, vae_dtype: str = "float32") -> Engine:
     _init_vae_(vae, 0)
     vae = vae.to(DEVICE, getattr(torch, vae_dtype)).requires_grad_(False).channels_last_()
     vae.statistics = vae.statistics.float()
-    config = EngineConfig(device=str(DEVICE), dtype="bfloat16", vae_dtype=vae_dtype)
+    config = EngineConfig(device=str(DEVICE), dtype="bfloat16", vae_dtype=vae_dtype, **settings)
     return Engine(checkpoint, transformer=transformer, vae=vae, text_encoder=None, config=config)
 
 
@@ -245,6 +246,17 @@ def part_engine(scale: Scale) -> dict[str, object]:
         timings = [(chunk.timing.denoise_seconds, chunk.timing.decode_seconds) for chunk in chunks]
         result[steps] = {**_chunk_figures(timings), "decode_s": timings[-1][1]}
     return {**result, "attention": engine.transformer.attention.backend, **_peak()}
+
+
+def part_offload(scale: Scale) -> dict[str, object]:
+    """Weights resident, streamed and taking turns: seconds, peak memory against what was predicted, host memory."""
+    return offload_figures(lambda: make_engine(scale), make_request(scale, "1,1,1", chunks=2), DEVICE)
+
+
+def part_quality(scale: Scale) -> dict[str, object]:
+    """Every approximation against exact: PSNR of latents and frames, and how much faster denoising is."""
+    request = make_request(scale, "2,2,2", chunks=2)
+    return quality_figures(lambda **settings: make_engine(scale, **settings), request)
 
 
 def _diffusers_pipe(scale: Scale, *, compiled: bool):
