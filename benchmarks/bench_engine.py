@@ -1,7 +1,10 @@
 """Whole chunks and single forwards, ours against Diffusers, on the same checkpoint in one process.
 
     helios-engine toy /path/to/toy
-    python benchmarks/bench_engine.py --model /path/to/toy/distilled --height 128 --width 192 --output engine.json
+    python -m benchmarks.bench_engine --model /path/to/toy/distilled --height 128 --width 192 --output engine.json
+    python -m benchmarks.bench_engine --real-width 2 --dtype bfloat16 --height 128 --width 192 --steps 1,1,1
+
+--real-width N makes a model of its own for the run: the 14 B model's width and VAE, random weights, N blocks.
 
 Seconds per chunk are end to end: denoising, decoding, frames on the host as uint8 (ours) or float (Diffusers' "np").
 Text encoding and loading are left out on both sides. The two take turns.
@@ -12,18 +15,24 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import tempfile
 import time
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
 
+from benchmarks.gpu_modes import write_checkpoint
 from helios_engine import Engine, EngineConfig, VideoRequest
-from helios_engine.config import LATENT_FRAMES_PER_CHUNK
+from helios_engine.config import LATENT_FRAMES_PER_CHUNK, ModelConfig, Recipe, SchedulerConfig, VaeConfig
+from helios_engine.engine.checkpoint import Checkpoint, make_transformer
 from helios_engine.engine.history import History, stacked_window
 from helios_engine.engine.plan import Plan
 from helios_engine.model import rope
+from helios_engine.model.transformer import init_random_
+from helios_engine.model.vae import VideoAutoencoder
 from helios_engine.tools.bench import hardware, time_seconds
+from helios_engine.tools.toy import _init_vae_
 from tests.helpers.oracle import mended
 
 
@@ -32,7 +41,8 @@ def load_diffusers(model: str, engine: Engine):
     from diffusers import AutoencoderKLWan
 
     vae = AutoencoderKLWan.from_pretrained(model, subfolder="vae", torch_dtype=torch.float32)
-    pipe = DiffusionPipeline.from_pretrained(model, vae=vae, torch_dtype=engine.dtype).to(engine.device)
+    absent = {} if engine.text_encoder is not None else {"text_encoder": None, "tokenizer": None}
+    pipe = DiffusionPipeline.from_pretrained(model, vae=vae, torch_dtype=engine.dtype, **absent).to(engine.device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -71,7 +81,9 @@ def forward_seconds(engine: Engine, pipe, plan: Plan, repeats: int) -> dict[str,
 def chunk_seconds(engine: Engine, pipe, request: VideoRequest, plan: Plan, repeats: int) -> dict[str, float]:
     """Median seconds per chunk over whole videos; the first video of each side warms up."""
     recipe, chunks = plan.recipe, plan.num_chunks
-    embeds = {"prompt_embeds": engine.text_encoder.encode(request.prompt, max_length=512)}
+    embeds = {"prompt_embeds": request.prompt_embeds}
+    if engine.text_encoder is not None:
+        embeds = {"prompt_embeds": engine.text_encoder.encode(request.prompt, max_length=512)}
     call = {
         **embeds,
         "height": plan.height,
@@ -104,12 +116,31 @@ def chunk_seconds(engine: Engine, pipe, request: VideoRequest, plan: Plan, repea
     return {"ours": statistics.median(ours), "diffusers": statistics.median(reference)}
 
 
+def _prompt(engine: Engine) -> dict[str, object]:
+    if engine.text_encoder is not None:
+        return {"prompt": "A red fox runs through fresh snow at sunrise."}
+    return {"prompt_embeds": torch.randn(1, 512, engine.checkpoint.model.text_dim, dtype=engine.dtype)}
+
+
+def write_real_width(folder: Path, num_blocks: int) -> None:
+    """A Distilled checkpoint of the 14 B model's width with random bfloat16 weights and few blocks."""
+    scheduler = SchedulerConfig("dmd", use_dynamic_shifting=True, time_shift_type="linear")
+    recipe = Recipe.for_checkpoint({"_class_name": "HeliosPyramidPipeline", "is_distilled": True}, scheduler, "random")
+    model, vae_config, device = ModelConfig(num_layers=num_blocks), VaeConfig(), torch.device("cpu")
+    checkpoint = Checkpoint("random", folder, model, vae_config, scheduler, recipe, has_text_encoder=False)
+    transformer, vae = make_transformer(model, device, torch.bfloat16), VideoAutoencoder(vae_config)
+    init_random_(transformer, 0)
+    _init_vae_(vae, 0)
+    config = EngineConfig(device="cpu", dtype="bfloat16")
+    write_checkpoint(Engine(checkpoint, transformer=transformer, vae=vae, text_encoder=None, config=config), folder)
+
+
 @torch.no_grad()
 def compare(options: argparse.Namespace) -> dict[str, object]:
     engine = Engine.load(options.model, EngineConfig(device=options.device, dtype=options.dtype))
     steps = tuple(int(step) for step in options.steps.split(",")) if options.steps else None
     request = VideoRequest(
-        prompt="A red fox runs through fresh snow at sunrise.",
+        **_prompt(engine),
         num_frames=33 * options.chunks,
         height=options.height,
         width=options.width,
@@ -134,7 +165,9 @@ def compare(options: argparse.Namespace) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model")
+    source.add_argument("--real-width", type=int, metavar="N")
     parser.add_argument("--height", type=int, default=384)
     parser.add_argument("--width", type=int, default=640)
     parser.add_argument("--chunks", type=int, default=2)
@@ -144,7 +177,11 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    result = compare(options)
+    with tempfile.TemporaryDirectory() as folder:
+        if options.real_width is not None:
+            write_real_width(Path(folder), options.real_width)
+            options.model = folder
+        result = compare(options)
     text = json.dumps(result, indent=2)
     print(text)
     if options.output:
