@@ -118,6 +118,9 @@ class EngineConfig:
         },
     )
     fp8: bool | None = field(default=None, metadata={"help": "approximate: the blocks' products in 8 bits (e4m3)"})
+    cuda_graphs: bool = field(
+        default=False, metadata={"help": "record a forward of each stage once and replay it; not yet tried on a GPU"}
+    )
     compile: bool = field(
         default=False,
         metadata={"help": "torch.compile the blocks: minutes at the start, little to win over our operators"},
@@ -146,7 +149,7 @@ class EngineConfig:
         ):
             value = getattr(self, name)
             _require(value in choices, f"{name} must be one of {', '.join(choices)}, got {value!r}")
-        for name in ("shard_vae", "check_ranks", "compile"):
+        for name in ("shard_vae", "check_ranks", "compile", "cuda_graphs"):
             value = getattr(self, name)
             _require(isinstance(value, bool), f"{name} must be true or false, got {value!r}")
         self._check_approximations()

@@ -36,6 +36,9 @@ class ChunkJob:
     on_step: StepCallback | None
     control: Control  # asked before every step
     approximations: Approximations
+    forward: Callable[[Tensor, float, ChunkContext], tuple[Tensor, ...]] | None = (
+        None  # instead of the transformer's own
+    )
 
 
 def denoise_chunk(transformer: Transformer, scheduler: SchedulerConfig, noise_factor: Tensor, job: ChunkJob) -> Tensor:
@@ -91,7 +94,10 @@ def _velocity(
     if plan.holds_still(stage, step):
         return weight.new_zeros(latents.size(0), latents[0].numel() // weight.size(0), weight.size(0))
     shown = float(int(timestep)) if plan.recipe.integer_timesteps else timestep
-    rows = transformer(latents.to(weight.dtype), shown, job.context, reuse)
+    if job.forward is not None and reuse is None:
+        rows = job.forward(latents.to(weight.dtype), shown, job.context)
+    else:
+        rows = transformer(latents.to(weight.dtype), shown, job.context, reuse)
     if not plan.is_guided:
         return rows[0]
     recipe = plan.recipe

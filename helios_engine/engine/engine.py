@@ -21,6 +21,7 @@ from helios_engine.engine.chunk import ChunkJob, StepCallback, denoise_chunk
 from helios_engine.engine.control import Cancelled, Control
 from helios_engine.engine.devices import resolve_device, resolve_dtype
 from helios_engine.engine.frames import FrameCodec
+from helios_engine.engine.graphs import CudaRecorder, ForwardGraphs, why_not_graphs
 from helios_engine.engine.history import History, stacked_window
 from helios_engine.engine.media import Clip
 from helios_engine.engine.memory import advise_memory
@@ -77,6 +78,7 @@ class Engine:
         if config.compile:
             transformer.compile_blocks()
         transformer.connect(attention, self.context, ring_method=config.ring_method, exchange=config.exchange)
+        self.graphs = self._make_graphs() if config.cuda_graphs else None
         self._frames = FrameCodec(vae, self.context, shard=config.shard_vae)
         self._noise_factor = block_noise_factor(checkpoint.scheduler.gamma).to(self.device)
 
@@ -347,6 +349,7 @@ class Engine:
             on_step=on_step,
             control=first.control,
             approximations=self.approximations,
+            forward=self.graphs,
         )
 
     def _session(
@@ -397,6 +400,19 @@ class Engine:
             shape = (1, max_length, self.checkpoint.model.text_dim)
             own = torch.empty(shape, dtype=self.dtype, device=self.device)
         return own if self.config.text_encoder_ranks == "all" else self.context.broadcast(own, "text")
+
+    def _make_graphs(self) -> ForwardGraphs | None:
+        reason = why_not_graphs(
+            self.device,
+            num_ranks=self.context.size,
+            offload=self.config.offload,
+            approximates=self.approximations.any,
+            compiles=self.config.compile,
+        )
+        if reason is not None:
+            logger.warning("forwards are not recorded as CUDA graphs: %s", reason)
+            return None
+        return ForwardGraphs(self.transformer, CudaRecorder(self.device))
 
     def _bring(self, component: str) -> None:
         """Have a component's weights on the device, where components take turns."""

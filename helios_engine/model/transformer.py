@@ -67,6 +67,15 @@ class ChunkContext:
 
 
 @dataclass(frozen=True, slots=True)
+class StepRows:
+    """All that a forward needs of its timestep, float32: blocks [layers, 6, 2, D] for (history, noisy) rows with 1 added to
+    the scales, output [2, D] weight and bias of the last norm."""
+
+    blocks: Tensor
+    output: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class _Forward:
     """What one forward's blocks have in common."""
 
@@ -162,7 +171,7 @@ class Transformer(nn.Module):
         num_history = history_BlD.size(1)
         first_qkv = None
         if self.config.zero_history_timestep:
-            first = self._modulations(0.0)[0]
+            first = self._modulations(self.step_rows(0.0))[0]
             block = self.block(0)
             normed = block.normed(history_BlD, first, num_history=num_history)
             first_qkv = block.project(normed, rotation, num_history=num_history)
@@ -177,6 +186,12 @@ class Transformer(nn.Module):
         gathered at the end. When two halves of the ranks compute one guidance branch each, both are returned. reuse carries
         what earlier steps of the stage left, for the approximations of model/reuse.py.
         """
+        return self.run(latents_BCTHW, self.step_rows(timestep), context, reuse)
+
+    def run(
+        self, latents_BCTHW: Tensor, step_rows: StepRows, context: ChunkContext, reuse: Reuse | None = None
+    ) -> tuple[Tensor, ...]:
+        """forward with the timestep's rows computed before: nothing below depends on a number of the host's."""
         if reuse is not None:
             reuse.begin(len(context.texts))
             if reuse.uses_history:
@@ -189,7 +204,7 @@ class Transformer(nn.Module):
         x_BlD = self.embed.noisy(latents_BCTHW, own, after=context.history_BlD)
         if context.history_BlD is not None:
             rotation = torch.cat([context.history_rotation, rotation])
-        work = _Forward(layout, rotation, self._modulations(timestep), context, reuse)
+        work = _Forward(layout, rotation, self._modulations(step_rows), context, reuse)
         # Text enters at the first block's cross-attention, so what comes before is shared by all prompts.
         with span("self_attention"):
             h_BlD = self._attend_self_(0, x_BlD, None, work)
@@ -204,7 +219,7 @@ class Transformer(nn.Module):
             if len(context.texts) > 1:
                 own_BlD, own_h = x_BlD.clone(), None if h_BlD is None else h_BlD.clone()
             self._finish_(own_BlD, own_h, work, place, history_done=share_history)
-            rows = self._output(own_BlD[:, num_history:], timestep)
+            rows = self._output(own_BlD[:, num_history:], step_rows)
             outputs.append(self.parallel.gather_rows(rows, layout.noisy, "gather"))
         if reuse is not None:
             reuse.end()
@@ -292,15 +307,13 @@ class Transformer(nn.Module):
             attend = functools.partial(sequence, qkv, layout, noisy_only=noisy_only)
         return block.attend_self_(x_BlD, rows, num_history=num_history, noisy_only=noisy_only, attend=attend)
 
-    def _output(self, x_BND: Tensor, timestep: float) -> Tensor:
-        embedding = self.embed.time(timestep).embedding_D.float()
-        bias, scale = self.output_modulation + embedding
-        weight_SD, bias_SD = (1 + scale).expand(2, -1), bias.expand(2, -1)
+    def _output(self, x_BND: Tensor, step_rows: StepRows) -> Tensor:
+        weight_SD, bias_SD = (row.expand(2, -1) for row in step_rows.output)
         h_BND = ops.norm_scale_shift(x_BND, weight_SD, bias_SD, num_history=0, eps=self.config.eps)
         return self.project_out(h_BND)
 
-    def _modulations(self, timestep: float) -> list[Modulation]:
-        """Every block's rows for the two segments: history stands at timestep 0, noisy tokens at this one."""
+    def step_rows(self, timestep: float) -> StepRows:
+        """Every norm's rows at a timestep: history stands at 0, noisy tokens at this one."""
         noisy_rows = self.modulation + self.embed.time(timestep).rows_6D.float()
         history_rows = noisy_rows
         if self.config.zero_history_timestep:
@@ -309,6 +322,11 @@ class Transformer(nn.Module):
             history_rows = self._history_rows
         rows = torch.stack([history_rows, noisy_rows], dim=2)  # [layers, 6, 2, D]
         rows[:, 1::3] += 1
+        bias, scale = self.output_modulation + self.embed.time(timestep).embedding_D.float()
+        return StepRows(rows, torch.stack([1 + scale, bias]))
+
+    def _modulations(self, step_rows: StepRows) -> list[Modulation]:
+        rows = step_rows.blocks
         middle = self._middle_rows(rows)
         return [Modulation(*layer.unbind(0), *m) for layer, m in zip(rows.unbind(0), middle, strict=True)]
 

@@ -1,0 +1,152 @@
+"""A forward per stage shape, recorded once and replayed: the host then launches one thing instead of hundreds.
+
+What changes from call to call lives in buffers of fixed address and is copied in before a replay: the latents and the
+timestep's rows at every step, history and prompt when they are other ones than last time. The solver's step stays outside, a
+single launch whose coefficients are the host's, so callbacks, cancelling and checksums between steps work as ever.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from helios_engine.model.transformer import ChunkContext, StepRows, TextContext, Transformer
+
+logger = logging.getLogger(__name__)
+_WARM_UPS = 2  # libraries choose algorithms and allocate workspaces in their first calls
+_GRAPHS_KEPT = 8
+
+
+class Recorder(Protocol):
+    """Records work on fixed buffers and replays it."""
+
+    def record(self, work: Callable[[], tuple[Tensor, ...]]) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
+        """(replay, the outputs every replay overwrites)."""
+
+
+class CudaRecorder:
+    """CUDA graphs that share one memory pool: they never run at the same time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def record(self, work: Callable[[], tuple[Tensor, ...]]) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
+        side = torch.cuda.Stream(self._device)
+        side.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(side):
+            for _ in range(_WARM_UPS):
+                work()
+        torch.cuda.current_stream(self._device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads (a copier, the watch) may talk to the device meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            outputs = work()
+        return graph.replay, outputs
+
+
+@dataclass(slots=True)
+class _Recording:
+    """One recorded shape: its fixed buffers and whose history and prompts they hold."""
+
+    latents: Tensor
+    rows: StepRows
+    context: ChunkContext
+    replay: Callable[[], None]
+    outputs: tuple[Tensor, ...]
+    holds_history: ChunkContext | None = None
+    holds_texts: tuple[TextContext, ...] | None = None
+
+
+class ForwardGraphs:
+    """Transformer.forward for latents and contexts of shapes that come again and again; the same numbers."""
+
+    def __init__(self, transformer: Transformer, recorder: Recorder) -> None:
+        self._transformer, self._recorder = transformer, recorder
+        self._recordings: dict[tuple[object, ...], _Recording] = {}
+
+    def __call__(self, latents: Tensor, timestep: float, context: ChunkContext) -> tuple[Tensor, ...]:
+        """One velocity per prompt. They are overwritten by the next call of the same shape."""
+        rows = self._transformer.step_rows(timestep)
+        key = (latents.shape, latents.dtype, *_shapes(context))
+        if key not in self._recordings:
+            if len(self._recordings) == _GRAPHS_KEPT:
+                self._recordings.pop(next(iter(self._recordings)))
+            self._recordings[key] = self._record(latents, rows, context)
+        found = self._recordings[key]
+        _fill(found, latents, rows, context)
+        found.replay()
+        return found.outputs
+
+    def forget(self) -> None:
+        """Drop all recordings and their memory."""
+        self._recordings.clear()
+
+    def _record(self, latents: Tensor, rows: StepRows, context: ChunkContext) -> _Recording:
+        fixed = _Recording(
+            latents.clone(), StepRows(rows.blocks.clone(), rows.output.clone()), _copy(context), lambda: None, ()
+        )
+        fixed.replay, fixed.outputs = self._recorder.record(
+            lambda: self._transformer.run(fixed.latents, fixed.rows, fixed.context)
+        )
+        return fixed
+
+
+def _fill(found: _Recording, latents: Tensor, rows: StepRows, context: ChunkContext) -> None:
+    found.latents.copy_(latents)
+    found.rows.blocks.copy_(rows.blocks)
+    found.rows.output.copy_(rows.output)
+    if found.holds_history is not context:
+        for fixed, current in zip(_history(found.context), _history(context), strict=True):
+            fixed.copy_(current)
+        found.holds_history = context
+    if found.holds_texts is not context.texts:
+        for fixed, current in zip(_texts(found.context), _texts(context), strict=True):
+            fixed.copy_(current)
+        found.holds_texts = context.texts
+
+
+def _history(context: ChunkContext) -> list[Tensor]:
+    parts = (context.history_BlD, context.history_rotation, context.first_qkv)
+    return [part for part in parts if part is not None]
+
+
+def _texts(context: ChunkContext) -> list[Tensor]:
+    return [layer for text in context.texts for layer in text.keys_values]
+
+
+def _shapes(context: ChunkContext) -> tuple[object, ...]:
+    present = tuple(getattr(context, field.name) is None for field in fields(context))
+    shapes = tuple(part.shape for part in _history(context))
+    return (context.total_history, present, shapes, tuple(text.keys_values[0].shape for text in context.texts))
+
+
+def _copy(context: ChunkContext) -> ChunkContext:
+    clone = [
+        None if part is None else part.clone()
+        for part in (context.history_BlD, context.history_rotation, context.first_qkv)
+    ]
+    texts = tuple(TextContext(tuple(layer.clone() for layer in text.keys_values)) for text in context.texts)
+    return ChunkContext(context.total_history, *clone, texts)
+
+
+def why_not_graphs(
+    device: torch.device, *, num_ranks: int, offload: str, approximates: bool, compiles: bool
+) -> str | None:
+    """Why forwards cannot be recorded with these settings, or None."""
+    if device.type != "cuda":
+        return f"only CUDA devices record graphs, this is {device}"
+    if num_ranks > 1:
+        return "exchanges between ranks are not recorded yet"
+    if offload != "none":
+        return f"with offload {offload} weights change their place"
+    if approximates:
+        return "an approximation decides on the host what is computed"
+    if compiles:
+        return "compile has its own way"
+    return None

@@ -1,0 +1,128 @@
+"""Recorded forwards, with a recorder that runs the recorded work again on the same buffers: whatever was not copied in shows."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from helios_engine import Engine, EngineConfig, VideoRequest
+from helios_engine.engine.graphs import ForwardGraphs, why_not_graphs
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+class Rerun:
+    """A replay is the recorded work once more, its results put where the first ones are."""
+
+    def __init__(self) -> None:
+        self.num_recordings = 0
+        self.num_replays = 0
+
+    def record(self, work: Callable[[], tuple[Tensor, ...]]) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
+        self.num_recordings += 1
+        outputs = tuple(torch.full_like(output, float("nan")) for output in work())
+
+        def replay() -> None:
+            self.num_replays += 1
+            for output, again in zip(outputs, work(), strict=True):
+                output.copy_(again)
+
+        return replay, outputs
+
+
+@pytest.fixture
+def recorded(engines):
+    """(engine, recorder) of a variant, its forwards recorded while the test runs."""
+    used: list[Engine] = []
+
+    def get(variant: str) -> tuple[Engine, Rerun]:
+        engine, recorder = engines(variant), Rerun()
+        engine.graphs = ForwardGraphs(engine.transformer, recorder)
+        used.append(engine)
+        return engine, recorder
+
+    yield get
+    for engine in used:
+        engine.graphs = None
+
+
+def _request(variant: str, prompt: str = "A red fox", seed: int = 3) -> VideoRequest:
+    steps = 3 if variant == "base" else (2, 1, 1)
+    return VideoRequest(prompt=prompt, num_frames=66, height=64, width=64, steps=steps, seed=seed)
+
+
+@pytest.mark.parametrize("variant", ["base", "mid", "distilled"])
+def test_replays_have_the_same_numbers(engines, recorded, variant: str) -> None:
+    requests = [_request(variant), _request(variant, "Deep snow", 4)]
+    expected = [engines(variant).generate(request).latents for request in requests]
+    engine, recorder = recorded(variant)
+    for request, latents in zip(requests, expected, strict=True):
+        assert torch.equal(engine.generate(request).latents, latents)
+    # One per stage, whatever the step, chunk or prompt; Mid's first stage has two steps and zero-init skips both.
+    assert recorder.num_recordings == {"base": 1, "mid": 2, "distilled": 3}[variant]
+    assert recorder.num_replays > recorder.num_recordings
+
+
+def test_interleaved_videos_do_not_mix(engines, recorded) -> None:
+    requests = [_request("distilled"), _request("distilled", "Deep snow", 4)]
+    expected = [engines("distilled").generate(request).latents for request in requests]
+    engine, _ = recorded("distilled")
+    sessions = [engine.open(request) for request in requests]
+    chunks = [[session.next_chunk().latents for session in sessions] for _ in range(2)]
+    for index, latents in enumerate(expected):
+        assert torch.equal(torch.cat([pair[index] for pair in chunks], dim=2), latents)
+
+
+def test_callbacks_and_cancelling_work_between_replays(recorded) -> None:
+    engine, recorder = recorded("base")
+    seen: list[int] = []
+
+    def on_step(stage: int, step: int, latents: Tensor) -> None:
+        seen.append(step)
+        if step == 1:
+            session.cancel()
+
+    session = engine.open(_request("base"), on_step)
+    assert session.next_chunk() is None
+    assert seen == [0, 1]
+    assert recorder.num_replays == 2
+
+
+def test_a_new_size_is_recorded_and_old_ones_are_dropped(recorded, monkeypatch) -> None:
+    monkeypatch.setattr("helios_engine.engine.graphs._GRAPHS_KEPT", 2)
+    engine, recorder = recorded("base")
+    for width in (64, 80, 96, 64):
+        engine.generate(VideoRequest(prompt="x", num_frames=33, height=64, width=width, steps=1))
+    assert recorder.num_recordings == 4
+    assert len(engine.graphs._recordings) == 2
+    engine.graphs.forget()
+    assert not engine.graphs._recordings
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({}, None),
+        ({"device": CPU}, "only CUDA devices record graphs"),
+        ({"num_ranks": 2}, "exchanges between ranks"),
+        ({"offload": "group"}, "weights change their place"),
+        ({"approximates": True}, "decides on the host"),
+        ({"compiles": True}, "compile has its own way"),
+    ],
+)
+def test_where_graphs_cannot_be_is_said(settings: dict, reason: str | None) -> None:
+    usual = {"device": CUDA, "num_ranks": 1, "offload": "none", "approximates": False, "compiles": False} | settings
+    device = usual.pop("device")
+    found = why_not_graphs(device, **usual)
+    assert found is None if reason is None else reason in found
+
+
+def test_asking_for_graphs_on_the_cpu_is_answered(toy, caplog) -> None:
+    caplog.set_level(logging.WARNING)
+    engine = Engine.load(toy / "base", EngineConfig(device="cpu", cuda_graphs=True))
+    assert engine.graphs is None
+    assert "forwards are not recorded as CUDA graphs: only CUDA devices record graphs" in caplog.text
