@@ -4,18 +4,16 @@
 #   PROMPT="A red fox runs through fresh snow." launchers/profile_nsys.sh
 #   MODEL=/models/Helios-Distilled GPUS=2 CHUNK=2 launchers/profile_nsys.sh --steps 1,1,1
 #
-# Recorded are CUDA, NVTX (domain "helios", down to single operators and exchanges) and, where this nsys knows it, NCCL;
-# recording starts with chunk $CHUNK (counted from 0, the first one that is warm by default) and ends with it. Reports:
+# Recorded are CUDA and NVTX: our domain "helios", down to single operators and exchanges, and NCCL's own ranges. Recording
+# starts with chunk $CHUNK (counted from 0; 1 by default, the first that is warm) and ends with it. Reports:
 # outputs/helios.rankN.nsys-rep. Flags after the script's name go to `helios-engine generate`.
 set -euo pipefail
 chunk=${CHUNK:-1}
 mkdir -p "${REPORTS:-outputs}"
-traces=cuda,nvtx,osrt
-if nsys profile --help 2>/dev/null | grep -q "nccl"; then traces+=,nccl; fi
 # Ranges are unregistered strings in the profiler's sense; without this it would wait for ever.
 export NSYS_NVTX_PROFILER_REGISTER_ONLY=0
 exec torchrun --standalone --nproc-per-node "${GPUS:-4}" --no-python \
-  nsys profile --trace "$traces" --capture-range nvtx --nvtx-capture "chunk $chunk@helios" --capture-range-end stop \
+  nsys profile --trace cuda,nvtx,osrt --capture-range nvtx --nvtx-capture "chunk $chunk@helios" --capture-range-end stop \
   --force-overwrite true --output "${REPORTS:-outputs}/helios.rank%q{RANK}" \
   "${PYTHON:-python}" -m helios_engine.cli generate \
   --model "${MODEL:-BestWishYsh/Helios-Distilled}" \

@@ -29,7 +29,7 @@ class Copier(Protocol):
         """What is enqueued from now on finds the slot filled."""
 
     def used(self, slot: int) -> None:
-        """What was enqueued so far was the last to read the slot."""
+        """What was enqueued so far was the last to touch the slot's memory."""
 
     def close(self) -> None:
         """Let go of buffers and threads."""
@@ -94,6 +94,8 @@ class LayerRing:
             return
         if not self._slots:
             self._slots, self._holds = [self._make_slot() for _ in range(self._num_slots)], [None] * self._num_slots
+            for slot in range(self._num_slots):  # the memory may be what work still under way has just let go of
+                self._copier.used(slot)
         self._leave()
         if index not in self._holds:
             self._begin(index, keep=())

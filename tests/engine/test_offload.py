@@ -31,6 +31,7 @@ class CountingCopier(PlainCopier):
         self.in_use: set[int] = set()
         self.loads: list[int] = []
         self.most_resident = 0
+        self.released = 0
 
     def load(self, slot: int, pairs: list) -> None:
         assert slot not in self.in_use, "a slot is filled while it is read"
@@ -45,7 +46,9 @@ class CountingCopier(PlainCopier):
         self.in_use.add(slot)
 
     def used(self, slot: int) -> None:
-        self.in_use.remove(slot)
+        assert slot in self.in_use or slot not in self.pending, "a slot is given up while it is filled"
+        self.in_use.discard(slot)
+        self.released += 1
 
 
 def _layers(count: int) -> tuple[list[nn.Module], list[dict[str, torch.Tensor]]]:
@@ -95,7 +98,9 @@ def test_any_order_is_served_and_a_rest_frees_everything() -> None:
     ring.rest()
     assert all(layer.weight.is_meta for layer in layers)
     copier.in_use.clear()
+    copier.released = 0
     ring.use(1)
+    assert copier.released == 2, "copies into new memory wait for what was under way when it was allocated"
     assert (layers[1].weight == 1).all()
 
 
