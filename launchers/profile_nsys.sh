@@ -9,8 +9,8 @@
 # outputs/helios.rankN.nsys-rep. Flags after the script's name go to `helios-engine generate`.
 set -euo pipefail
 chunk=${CHUNK:-1}
-mkdir -p "${REPORTS:-outputs}"
-# Ranges are unregistered strings in the profiler's sense; without this it would wait for ever.
+mkdir -p outputs "${REPORTS:-outputs}"
+# A capture range is found by its text, registered with the profiler or not.
 export NSYS_NVTX_PROFILER_REGISTER_ONLY=0
 exec torchrun --standalone --nproc-per-node "${GPUS:-4}" --no-python \
   nsys profile --trace cuda,nvtx,osrt --capture-range nvtx --nvtx-capture "chunk $chunk@helios" --capture-range-end stop \

@@ -37,7 +37,10 @@ def settle_attention(
     choice = None
     if context.is_first:
         shapes = real_shapes(model, context)
-        choice = _remembered_or_timed(names, shapes, device=device, dtype=dtype, head_dim=head_dim).encode()
+        with_lse = context.degrees.ring > 1
+        choice = _remembered_or_timed(
+            names, shapes, device=device, dtype=dtype, head_dim=head_dim, with_lse=with_lse
+        ).encode()
     name = context.share_bytes(choice).decode()
     return choose_attention(name, device=device, dtype=dtype, head_dim=head_dim)
 
@@ -51,8 +54,9 @@ def real_shapes(model: ModelConfig, context: ContextParallel) -> list[tuple[int,
 
 
 def cache_file() -> Path:
-    """Where choices are remembered: below XDG_CACHE_HOME, by default ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "helios_engine" / "attention.json"
+    """Where choices are remembered: below XDG_CACHE_HOME, by default ~/.cache, for users without a home the working folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(base) / "helios_engine" / "attention.json"
 
 
 def _remembered_or_timed(
@@ -62,8 +66,9 @@ def _remembered_or_timed(
     device: torch.device,
     dtype: torch.dtype,
     head_dim: int,
+    with_lse: bool,
 ) -> str:
-    facts = (_device_name(device), torch.__version__, str(dtype), head_dim, *names, *shapes)
+    facts = (_device_name(device), torch.__version__, str(dtype), head_dim, *names, *shapes, "lse" * with_lse)
     key = " | ".join(map(str, facts))
     path = cache_file()
     known = _read(path)
@@ -71,7 +76,7 @@ def _remembered_or_timed(
     if isinstance(found, dict) and found.get("backend") in names:
         logger.info("attention %s, as timed on this device before (%s)", found["backend"], path)
         return found["backend"]
-    times = time_attention(names, shapes, device=device, dtype=dtype, head_dim=head_dim)
+    times = time_attention(names, shapes, device=device, dtype=dtype, head_dim=head_dim, with_lse=with_lse)
     best = min(times, key=times.__getitem__)
     said = ", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in times.items())
     logger.info("attention %s: %s for one call of each shape", best, said)

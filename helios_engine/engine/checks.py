@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from helios_engine.config import NUM_HISTORY_FRAMES
+from helios_engine.config import NUM_HISTORY_FRAMES, ModelConfig
 from helios_engine.engine.plan import Plan
 from helios_engine.engine.state import SessionState
 from helios_engine.ops import fp8
@@ -17,7 +17,7 @@ from helios_engine.settings import EngineConfig
 
 
 def check_approximations(
-    config: EngineConfig, context: ContextParallel, device: torch.device, dtype: torch.dtype
+    config: EngineConfig, model: ModelConfig, context: ContextParallel, device: torch.device, dtype: torch.dtype
 ) -> None:
     """Raise ValueError where an approximation that was asked for cannot run here."""
     refresh, _, uses_fp8 = config.approximations
@@ -26,7 +26,7 @@ def check_approximations(
             f"history_refresh {refresh} keeps keys and values of the whole history on each rank, but {context.describe()} "
             "share them out; use history_refresh 1, or cfg degree 2 alone"
         )
-    if uses_fp8 and (reason := fp8.refusal(device, dtype)):
+    if uses_fp8 and (reason := fp8.refusal(device, dtype, (model.dim, model.ffn_dim))):
         raise ValueError(f"fp8 cannot run: {reason}; leave it out")
 
 

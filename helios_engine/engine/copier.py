@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 from types import ModuleType
@@ -13,6 +14,7 @@ from helios_engine.model.offload import Copier, Pairs, PlainCopier
 
 _BUFFER_BYTES = 32 << 20
 _NUM_BUFFERS = 4
+_FAREWELL = 5.0  # seconds
 
 
 def make_copier(device: torch.device) -> Copier:
@@ -48,6 +50,7 @@ class StreamCopier:
         self._work: queue.SimpleQueue = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="helios-copier", daemon=True)
         self._thread.start()
+        atexit.register(self.close)  # the interpreter must not end it in the middle of a copy
 
     def load(self, slot: int, pairs: Pairs) -> None:
         self._filled[slot] = threading.Event()
@@ -65,25 +68,33 @@ class StreamCopier:
         self._free[slot] = event
 
     def close(self) -> None:
+        """End the thread; closing twice is fine."""
+        atexit.unregister(self.close)
         self._work.put(None)
-        self._thread.join()
+        self._thread.join(timeout=_FAREWELL)
         self._buffers = []
 
     def _run(self) -> None:
         while (item := self._work.get()) is not None:
-            slot, pairs, free, filled = item
-            try:
-                if free is not None:
-                    self._stream.wait_event(free)
-                for target, source in pairs:
-                    self._send(target, source)
-                event = self._api.Event()
-                event.record(self._stream)
-                self._copied[slot] = event
-            except (RuntimeError, OSError) as error:  # ready tells the computing thread
-                self._error = error
-            finally:
-                filled.set()
+            self._fill(*item)
+            del item  # or this thread would hold the slot's memory while it waits for the next
+
+    def _fill(self, slot: int, pairs: Pairs, free: object, filled: threading.Event) -> None:
+        try:
+            if free is not None:
+                self._stream.wait_event(free)
+            for target, source in pairs:
+                self._send(target, source)
+            event = self._api.Event()
+            event.record(self._stream)
+            self._copied[slot] = event
+        except (
+            BaseException
+        ) as error:  # whatever it is, the computing thread raises it; it must not go on without weights
+            self._error = error
+        finally:
+            pairs.clear()
+            filled.set()
 
     def _send(self, target: Tensor, source: Tensor) -> None:
         if source.dtype != target.dtype:  # small ones only

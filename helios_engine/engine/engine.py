@@ -79,7 +79,7 @@ class Engine:
             transformer.compile_blocks()
         transformer.connect(attention, self.context, ring_method=config.ring_method, exchange=config.exchange)
         self.graphs = self._make_graphs() if config.cuda_graphs else None
-        self._frames = FrameCodec(vae, self.context, shard=config.shard_vae)
+        self._frames = FrameCodec(vae, self.context, shard=config.shard_vae, has_graphs=self.graphs is not None)
         self._noise_factor = block_noise_factor(checkpoint.scheduler.gamma).to(self.device)
 
     @classmethod
@@ -122,6 +122,17 @@ class Engine:
             engine.transformer.attention.backend,
         )
         return engine
+
+    def close(self) -> None:
+        """Let go of threads, pinned memory and recorded forwards; the engine computes nothing afterwards.
+
+        Weights go with the engine itself. Only offload group and graphs hold more than that.
+        """
+        self.transformer.close()
+        if self.text_encoder is not None:
+            self.text_encoder.close()
+        if self.graphs is not None:
+            self.graphs.forget()
 
     def plan(self, request: VideoRequest) -> Plan:
         """What a request would compute; raises ValueError where this checkpoint cannot serve it."""
@@ -276,6 +287,7 @@ class Engine:
             # A chunk that was not finished was not begun: its random numbers go back, so it can be made again.
             for session, state in zip(sessions, drawn, strict=True):
                 session.noise.restore(state)
+            self.transformer.rest()
             if isinstance(error, Cancelled):
                 return []
             raise
@@ -368,12 +380,14 @@ class Engine:
         branches = (prompt.positive, prompt.negative) if plan.is_guided else (prompt.positive,)
         if self.context.degrees.cfg > 1:
             branches = branches[self.context.cfg_rank : self.context.cfg_rank + 1]
+        texts = tuple(self.transformer.encode_text(embeds) for embeds in branches)
+        self.transformer.rest()
         return VideoSession(
             self,
             request,
             plan,
             prompt=prompt,
-            texts=tuple(self.transformer.encode_text(embeds) for embeds in branches),
+            texts=texts,
             history=history,
             noise=noise,
             control=Control(self.context),
@@ -449,7 +463,7 @@ def _checked(path_or_id: str | Path, config: EngineConfig, context: ContextParal
         backend=attention.backend,
         ring_method=config.ring_method,
     )
-    check_approximations(config, context, device, dtype)
+    check_approximations(config, model, context, device, dtype)
     checkpoint.check()
     return checkpoint, attention.backend
 

@@ -27,8 +27,11 @@ _CPU_FRAMES_PER_CALL = 2
 class FrameCodec:
     """Decodes chunks and encodes pictures, on all ranks together where that pays, and keeps nothing between calls."""
 
-    def __init__(self, vae: VideoAutoencoder, context: ContextParallel, *, shard: bool) -> None:
+    def __init__(
+        self, vae: VideoAutoencoder, context: ContextParallel, *, shard: bool, has_graphs: bool = False
+    ) -> None:
         self._vae, self._context, self._shard = vae, context, shard
+        self._has_graphs = has_graphs
 
     def decode(self, latents: Tensor, kind: str, num_frames: int) -> np.ndarray | Tensor | None:
         """The first num_frames frames of a chunk, of the kind VideoRequest.frames names, on rank 0; None elsewhere."""
@@ -38,7 +41,7 @@ class FrameCodec:
         with span("vae"):
             size = tuple(latents.shape[-2:])
             if slab is None:
-                split = frames_per_call_for(latents.device, self._vae, size)
+                split = self._frames_per_call(latents.device, size)
             else:
                 split = self._common_frames_per_call(latents.device, size, slab)
             pixels = self._vae.decode(latents, frames_per_call=split, slab=slab)[0, :, :num_frames]
@@ -70,8 +73,11 @@ class FrameCodec:
     def _common_frames_per_call(self, device: torch.device, latent_size: tuple[int, int], slab: Slab | None) -> int:
         """What the rank with the least free memory can take: neighbours talk in every call, and all must round alike."""
         rows = latent_size[0] if slab is None else max(slab.counts)
-        split = frames_per_call_for(device, self._vae, (rows, latent_size[1]))
+        split = self._frames_per_call(device, (rows, latent_size[1]))
         return split if device.type == "cpu" else min(n for (n,) in self._context.gather_numbers([split]))
+
+    def _frames_per_call(self, device: torch.device, latent_size: tuple[int, int]) -> int:
+        return frames_per_call_for(device, self._vae, latent_size, counts_idle=not self._has_graphs)
 
 
 def _to_host(frames: Tensor) -> np.ndarray:
@@ -91,10 +97,16 @@ def decode_bytes(vae: VideoAutoencoder, latent_size: tuple[int, int], num_latent
     return int(unit * (_UNITS_PER_FRAME[size] * num_latent_frames + _UNITS_FIXED))
 
 
-def frames_per_call_for(device: torch.device, vae: VideoAutoencoder, latent_size: tuple[int, int]) -> int:
-    """How many latent frames after the first to decode at once: on a GPU as many as fit its free memory."""
+def frames_per_call_for(
+    device: torch.device, vae: VideoAutoencoder, latent_size: tuple[int, int], *, counts_idle: bool = True
+) -> int:
+    """How many latent frames after the first to decode at once: on a GPU as many as fit its free memory.
+
+    counts_idle takes what torch's allocator holds ready for free too; recorded graphs keep theirs to themselves.
+    """
     if device.type == "cpu":
         return _CPU_FRAMES_PER_CALL
     free, _ = torch.cuda.mem_get_info(device)
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if counts_idle:
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return next((split for split in _SPLITS if decode_bytes(vae, latent_size, split) < 0.9 * free), 1)

@@ -8,6 +8,7 @@ single launch whose coefficients are the host's, so callbacks, cancelling and ch
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Protocol
@@ -34,33 +35,33 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._pool = torch.cuda.graph_pool_handle()
+        with torch.cuda.device(device):
+            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
 
     def record(self, work: Callable[[], tuple[Tensor, ...]]) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
-        side = torch.cuda.Stream(self._device)
-        side.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(side):
-            for _ in range(_WARM_UPS):
-                work()
-        torch.cuda.current_stream(self._device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads (a copier, the watch) may talk to the device meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            outputs = work()
+        with torch.cuda.device(self._device):  # the one that captures, whichever the caller's is
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                for _ in range(_WARM_UPS):
+                    work()
+            torch.cuda.current_stream().wait_stream(self._stream)
+            graph = torch.cuda.CUDAGraph()
+            # Other threads (a copier, the watch) may talk to the device meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                outputs = work()
         return graph.replay, outputs
 
 
 @dataclass(slots=True)
 class _Recording:
-    """One recorded shape: its fixed buffers and whose history and prompts they hold."""
+    """One recorded shape: its fixed buffers and whose history they hold."""
 
     latents: Tensor
     rows: StepRows
     context: ChunkContext
     replay: Callable[[], None]
     outputs: tuple[Tensor, ...]
-    holds_history: ChunkContext | None = None
-    holds_texts: tuple[TextContext, ...] | None = None
+    holds: weakref.ref[ChunkContext] | None = None
 
 
 class ForwardGraphs:
@@ -69,6 +70,8 @@ class ForwardGraphs:
     def __init__(self, transformer: Transformer, recorder: Recorder) -> None:
         self._transformer, self._recorder = transformer, recorder
         self._recordings: dict[tuple[object, ...], _Recording] = {}
+        # Keys and values of the prompts, one copy for all stages; they change least often and are the largest.
+        self._texts: dict[tuple[object, ...], _Texts] = {}
 
     def __call__(self, latents: Tensor, timestep: float, context: ChunkContext) -> tuple[Tensor, ...]:
         """One velocity per prompt. They are overwritten by the next call of the same shape."""
@@ -80,44 +83,63 @@ class ForwardGraphs:
             self._recordings[key] = self._record(latents, rows, context)
         found = self._recordings[key]
         _fill(found, latents, rows, context)
+        self._fixed_texts(context).fill(context.texts)
         found.replay()
         return found.outputs
 
     def forget(self) -> None:
         """Drop all recordings and their memory."""
         self._recordings.clear()
+        self._texts.clear()
 
     def _record(self, latents: Tensor, rows: StepRows, context: ChunkContext) -> _Recording:
-        fixed = _Recording(
-            latents.clone(), StepRows(rows.blocks.clone(), rows.output.clone()), _copy(context), lambda: None, ()
-        )
+        texts = self._fixed_texts(context).fixed
+        step_rows = StepRows(rows.blocks.clone(), rows.output.clone())
+        fixed = _Recording(latents.clone(), step_rows, _copy(context, texts), lambda: None, ())
         fixed.replay, fixed.outputs = self._recorder.record(
             lambda: self._transformer.run(fixed.latents, fixed.rows, fixed.context)
         )
         return fixed
+
+    def _fixed_texts(self, context: ChunkContext) -> _Texts:
+        key = tuple(text.keys_values[0].shape for text in context.texts)
+        if key not in self._texts:
+            self._texts[key] = _Texts(context.texts)
+        return self._texts[key]
+
+
+class _Texts:
+    """Prompts of one shape in buffers of fixed address."""
+
+    def __init__(self, texts: tuple[TextContext, ...]) -> None:
+        self.fixed = tuple(TextContext(tuple(layer.clone() for layer in text.keys_values)) for text in texts)
+        self._holds: tuple[weakref.ref[Tensor], ...] = ()
+
+    def fill(self, texts: tuple[TextContext, ...]) -> None:
+        """Copy other prompts in; the ones that are there already are left alone."""
+        wanted = [layer for text in texts for layer in text.keys_values]
+        if len(self._holds) == len(wanted) and all(
+            kept() is layer for kept, layer in zip(self._holds, wanted, strict=True)
+        ):
+            return
+        for fixed, layer in zip((layer for text in self.fixed for layer in text.keys_values), wanted, strict=True):
+            fixed.copy_(layer)
+        self._holds = tuple(weakref.ref(layer) for layer in wanted)
 
 
 def _fill(found: _Recording, latents: Tensor, rows: StepRows, context: ChunkContext) -> None:
     found.latents.copy_(latents)
     found.rows.blocks.copy_(rows.blocks)
     found.rows.output.copy_(rows.output)
-    if found.holds_history is not context:
+    if found.holds is None or found.holds() is not context:
         for fixed, current in zip(_history(found.context), _history(context), strict=True):
             fixed.copy_(current)
-        found.holds_history = context
-    if found.holds_texts is not context.texts:
-        for fixed, current in zip(_texts(found.context), _texts(context), strict=True):
-            fixed.copy_(current)
-        found.holds_texts = context.texts
+        found.holds = weakref.ref(context)
 
 
 def _history(context: ChunkContext) -> list[Tensor]:
     parts = (context.history_BlD, context.history_rotation, context.first_qkv)
     return [part for part in parts if part is not None]
-
-
-def _texts(context: ChunkContext) -> list[Tensor]:
-    return [layer for text in context.texts for layer in text.keys_values]
 
 
 def _shapes(context: ChunkContext) -> tuple[object, ...]:
@@ -126,13 +148,9 @@ def _shapes(context: ChunkContext) -> tuple[object, ...]:
     return (context.total_history, present, shapes, tuple(text.keys_values[0].shape for text in context.texts))
 
 
-def _copy(context: ChunkContext) -> ChunkContext:
-    clone = [
-        None if part is None else part.clone()
-        for part in (context.history_BlD, context.history_rotation, context.first_qkv)
-    ]
-    texts = tuple(TextContext(tuple(layer.clone() for layer in text.keys_values)) for text in context.texts)
-    return ChunkContext(context.total_history, *clone, texts)
+def _copy(context: ChunkContext, texts: tuple[TextContext, ...]) -> ChunkContext:
+    parts = (context.history_BlD, context.history_rotation, context.first_qkv)
+    return ChunkContext(context.total_history, *(None if part is None else part.clone() for part in parts), texts)
 
 
 def why_not_graphs(

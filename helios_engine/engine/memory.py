@@ -76,6 +76,11 @@ def estimate_memory(checkpoint: Checkpoint, plan: Plan, config: EngineConfig, te
     widths = _LIVE_WIDTHS * model.dim + (branches - 1) * model.dim  # guidance keeps a second residual stream
     split = frames_per_call_for(resolve_device(config.device), vae, plan.latent_size)
     weights, block = _module_bytes(transformer), _module_bytes(transformer.blocks[0])
+    refresh, _, uses_fp8 = config.approximations
+    if uses_fp8:
+        products = model.num_layers * (5 * model.dim**2 + model.dim**2 + 2 * model.dim * model.ffn_dim)
+        weights -= products * (dtype.itemsize - 1)
+    kept = branches * model.num_layers * plan.history_tokens * 2 * model.dim * dtype.itemsize if refresh > 1 else 0
     text_keys_values = branches * model.num_layers * text_tokens * 2 * model.dim * dtype.itemsize
     if is_group and not has_room_for_text(checkpoint, config, resolve_device(config.device)):
         text_keys_values = branches * text_tokens * model.dim * dtype.itemsize
@@ -86,7 +91,7 @@ def estimate_memory(checkpoint: Checkpoint, plan: Plan, config: EngineConfig, te
         text_encoder=text_encoder,
         vae=_module_bytes(vae),
         text_keys_values=text_keys_values,
-        denoise_activations=tokens * widths * dtype.itemsize,
+        denoise_activations=tokens * widths * dtype.itemsize + kept,
         decode_activations=decode_bytes(vae, plan.latent_size, split),
     )
 

@@ -37,8 +37,12 @@ class Turns:
             self._components[self.current][0].to("meta")
         self.current = None
         module, fill = self._components[name]
-        module.to_empty(device=self._device)
-        fill()
+        try:
+            module.to_empty(device=self._device)
+            fill()
+        except BaseException:
+            module.to("meta")  # half filled, it would stay for good
+            raise
         self.current = name
 
 

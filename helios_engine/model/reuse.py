@@ -35,19 +35,13 @@ class Reuse:
         self.settings = settings
         self.step = 0
         self.num_skipped = 0  # blocks left out so far, over all prompts
-        self._kept: list[list[Tensor]] = []
-        self._kept_first: list[Tensor] = []
+        self._kept: dict[tuple[int | None, int], Tensor] = {}  # (prompt, block) -> the history's keys and values
         self.middles = [Middle(settings.block_cache, num_blocks) for _ in range(num_texts)]
 
     @property
     def uses_history(self) -> bool:
         """Whether this forward does without history rows."""
         return self.step % self.settings.history_refresh != 0
-
-    def begin(self, num_texts: int) -> None:
-        """Before a forward: a refreshing one forgets what was kept."""
-        if not self.uses_history:
-            self._kept, self._kept_first = [[] for _ in range(num_texts)], []
 
     def end(self) -> None:
         self.step += 1
@@ -56,12 +50,12 @@ class Reuse:
     def keys_values(self, text: int | None, block: int, kv_BLE: Tensor, num_history: int) -> Tensor:
         """Keys and values with the history's in front of the noisy rows', [B, h + n, 2 D].
 
-        text is None in the first block, which all prompts share. A refreshing forward hands its own in to be kept.
+        text is None in the first block, which all prompts share. A refreshing forward hands its own in to be kept; what a
+        block that it left out had kept before stays.
         """
-        kept = self._kept_first if text is None else self._kept[text]
         if self.uses_history:
-            return torch.cat([kept[0 if text is None else block - 1], kv_BLE], dim=1)
-        kept.append(kv_BLE[:, :num_history].clone())
+            return torch.cat([self._kept[text, block], kv_BLE], dim=1)
+        self._kept[text, block] = kv_BLE[:, :num_history].clone()
         return kv_BLE
 
 

@@ -132,6 +132,11 @@ class TextEncoder:
 
         return rename
 
+    def close(self) -> None:
+        """Let go of what streams the layers; nothing can be encoded afterwards."""
+        if self._ring is not None:
+            self._ring.close()
+
     def encode(self, prompt: str, *, max_length: int) -> Tensor:
         """Embeddings [1, max_length, E]; rows past the prompt's end are zero. A longer prompt is cut."""
         tokens = self._tokenizer(
@@ -144,9 +149,11 @@ class TextEncoder:
             return_tensors="pt",
         )
         mask = tokens.attention_mask.to(self._device)
-        hidden_BTE = self.model(tokens.input_ids.to(self._device), mask).last_hidden_state
-        if self._ring is not None:
-            self._ring.rest()
+        try:
+            hidden_BTE = self.model(tokens.input_ids.to(self._device), mask).last_hidden_state
+        finally:
+            if self._ring is not None:
+                self._ring.rest()
         return hidden_BTE * mask.unsqueeze(-1)
 
 

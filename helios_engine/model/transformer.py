@@ -51,7 +51,7 @@ class TextContext:
         return TextContext(tuple(torch.cat(layers) for layers in zip(*(c.keys_values for c in contexts), strict=True)))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class ChunkContext:
     """What stays the same over all steps and stages of a chunk; rows are this rank's share."""
 
@@ -141,6 +141,11 @@ class Transformer(nn.Module):
         if self._ring is not None:
             self._ring.rest()
 
+    def close(self) -> None:
+        """Let go of what streams the blocks; no forward may follow."""
+        if self._ring is not None:
+            self._ring.close()
+
     def block(self, index: int) -> Block:
         """A block whose weights are there for what is computed next."""
         if self._ring is not None:
@@ -192,10 +197,8 @@ class Transformer(nn.Module):
         self, latents_BCTHW: Tensor, step_rows: StepRows, context: ChunkContext, reuse: Reuse | None = None
     ) -> tuple[Tensor, ...]:
         """forward with the timestep's rows computed before: nothing below depends on a number of the host's."""
-        if reuse is not None:
-            reuse.begin(len(context.texts))
-            if reuse.uses_history:
-                context = ChunkContext(0, None, None, None, context.texts)
+        if reuse is not None and reuse.uses_history:
+            context = ChunkContext(0, None, None, None, context.texts)
         grid = (latents_BCTHW.size(-2) // 2, latents_BCTHW.size(-1) // 2)
         layout = self._layout(context.total_history, latents_BCTHW.size(2) * grid[0] * grid[1])
         own = layout.noisy_slice(self.parallel.sequence_rank)
@@ -336,7 +339,8 @@ class Transformer(nn.Module):
             return [(None, None)] * len(self.blocks)
         middle = self.text_norms.unsqueeze(2).expand(-1, -1, 2, -1)  # [layers, weight and bias, 2, D]
         if self.config.guidance_cross_attn:
-            middle = torch.stack([rows[:, [4, 3], 0], middle[:, :, 1]], dim=2)
+            feed_forward = rows[:, 3:5, 0].flip(1)  # weight, bias; an index list would be copied from the host
+            middle = torch.stack([feed_forward, middle[:, :, 1]], dim=2)
         return [tuple(layer.unbind(0)) for layer in middle.unbind(0)]
 
     def _layout(self, num_history: int, num_noisy: int) -> TokenLayout:

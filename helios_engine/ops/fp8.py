@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +22,7 @@ def quantize_rows(x_MD: Tensor) -> tuple[Tensor, Tensor]:
     return (wide / scale).to(E4M3), scale
 
 
-def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+def refusal(device: torch.device, dtype: torch.dtype, widths: Sequence[int] = ()) -> str | None:
     """Why 8-bit products cannot run there, or None. On the CPU they are emulated, for tests."""
     if device.type == "cpu":
         return None
@@ -28,6 +30,8 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
         return "products with a scale per row need a Hopper GPU (sm_90) or newer"
     if dtype != torch.bfloat16:
         return f"its products come out in bfloat16, but the model computes in {str(dtype).removeprefix('torch.')}"
+    if odd := [width for width in widths if width % 16]:
+        return f"its products need widths that are multiples of 16, this model has {odd[0]}"
     return None
 
 

@@ -95,7 +95,7 @@ def run(options: Namespace, meeting: launch.Meeting) -> int:
             print(json.dumps(found, indent=2))
     finally:
         context.close()
-        if not context.is_broken:
+        if not (context.is_broken or context.is_interrupted):
             launch.stop()
     return 0
 

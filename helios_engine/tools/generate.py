@@ -72,7 +72,7 @@ def generate(options: Namespace, meeting: launch.Meeting) -> int:
         raise failure from None
     finally:
         context.close()
-        if not context.is_broken:
+        if not (context.is_broken or context.is_interrupted):  # else the group would wait for exchanges nobody joins
             launch.stop()
 
 
@@ -136,7 +136,8 @@ def _check_profile(options: Namespace, plan: Plan) -> None:
         options.profile_chunk = 0 if plan.num_chunks == 1 else 1
     num_chunks = plan.num_chunks
     if options.profile_chunk < 0 or (num_chunks is not None and options.profile_chunk >= num_chunks):
-        raise ValueError(f"profile-chunk {options.profile_chunk}: the video has chunks 0 to {num_chunks - 1}")
+        last = "without end" if num_chunks is None else f"to {num_chunks - 1}"
+        raise ValueError(f"profile-chunk {options.profile_chunk}: the video has chunks 0 {last}")
 
 
 def _profiled(job: Job, context: ContextParallel, stream: VideoStream) -> Iterator[VideoChunk]:
@@ -150,6 +151,7 @@ def _recording_facts(
 ) -> dict[str, str]:
     """What a resumed run must have in common with the run it goes on with; the device and the ranks may change."""
     numbers = {"dtype": str(resolve_dtype(config)), "vae_dtype": config.vae_dtype}
+    numbers["approximations"] = describe_approximations(config)
     model = {"model": checkpoint.name, "variant": checkpoint.recipe.variant, "encoder": encoder}
     return {**request.facts(), **model, **numbers}
 
@@ -251,7 +253,9 @@ def _print_plan(job: Job) -> None:
     if degrees.num_ranks > 1:
         print(f"ranks       {degrees.num_ranks}: {degrees.describe()}")
     print(
-        f"memory      about {memory.peak / 1e9:.2f} GB: transformer {memory.transformer / 1e9:.2f}, text encoder "
-        f"{memory.text_encoder / 1e9:.2f}, VAE {memory.vae / 1e9:.2f}, prompt {memory.text_keys_values / 1e9:.2f}, "
+        f"memory      about {memory.peak / 1e9:.2f} GB: transformer {memory.transformer / 1e9:.2f}"
+        + (f" and {memory.transformer_slots / 1e9:.2f} for blocks in turn" if memory.transformer_slots else "")
+        + ", text encoder "
+        + f"{memory.text_encoder / 1e9:.2f}, VAE {memory.vae / 1e9:.2f}, prompt {memory.text_keys_values / 1e9:.2f}, "
         f"working set {max(memory.denoise_activations, memory.decode_activations) / 1e9:.2f}"
     )

@@ -125,11 +125,13 @@ def category_of(name: str) -> str:
 def timeline_of(profiler: profile) -> Timeline:
     """The device's work in the profiled chunk: GPU kernels where there are any, else the operators that ran on the CPU."""
     events = list(profiler.events())
-    ranges = [event for event in events if event.name.startswith("helios: ")]
+    # The profiler lists a range a second time as the device saw it.
+    ranges = [e for e in events if e.name.startswith("helios: ") and e.device_type.name == "CPU"]
     chunk = next(event for event in ranges if event.name.startswith("helios: chunk"))
     origin, end = chunk.time_range.start, chunk.time_range.end
     kernels = [event for event in events if event.device_type.name in ("CUDA", "PrivateUse1") and event.name]
-    kernels = [event for event in kernels if not event.name.startswith("helios: ")]
+    # Copies run beside the computation (streamed weights, frames), so they would hide it.
+    kernels = [event for event in kernels if not event.name.startswith(("helios: ", "Memcpy", "Memset"))]
     if kernels:
         end = max(end, *(event.time_range.end for event in kernels))
         leaves = [(event.time_range.start, event.time_range.end, category_of(event.name)) for event in kernels]

@@ -122,6 +122,32 @@ def test_the_epilogue_is_asked_which_gelu_it_is() -> None:
     assert torch.equal(native.linear_gelu(x, weight, bias), expected)
 
 
+def test_the_question_is_no_graph_break() -> None:
+    x, weight, bias = torch.randn(2, 3, 8), torch.randn(5, 8), torch.randn(5)
+
+    def work(x: torch.Tensor) -> torch.Tensor:
+        return native.linear_gelu(x, weight, bias) * (1 if native.epilogue_is_tanh(CPU) else 2)
+
+    compiled = torch.compile(work, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), work(x))
+
+
+def test_a_backend_that_fails_at_the_real_size_is_left_out(monkeypatch, home: Path, caplog) -> None:
+    backends = _Backends(monkeypatch, "cudnn")
+    make = attention._make
+
+    def failing(name: str, device: torch.device) -> attention.Attention:
+        chosen = make(name, device)
+        if name == "fa3":
+            chosen._attend = lambda *_: (_ for _ in ()).throw(RuntimeError("no kernel image"))
+        return chosen
+
+    monkeypatch.setattr(attention, "_make", failing)
+    assert _settle() == "cudnn"
+    assert "fa3 left out, it fails at the real size: no kernel image" in caplog.text
+    assert backends.calls
+
+
 def test_compiled_blocks_have_the_same_numbers(toy, engines, monkeypatch) -> None:
     compiled = []
     real = torch.compile

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 import types
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -160,6 +162,53 @@ def test_what_cannot_be_read_is_said_by_the_computing_thread() -> None:
     with pytest.raises(RuntimeError, match="weights could not be read while streaming"):
         copier.ready(0)
     copier.close()
+
+
+def test_whatever_breaks_is_said_and_nothing_is_computed_without_weights() -> None:
+    copier = StreamCopier(torch.device("cpu"), api=_fake_cuda())
+    copier.load(0, [(torch.zeros(3), torch.zeros(3))])
+    copier.ready(0)
+    copier.load(0, [(torch.zeros(3), None)])
+    with pytest.raises(RuntimeError, match="weights could not be read"):
+        copier.ready(0)
+    copier.close()
+    copier.close()
+
+
+def test_a_slot_given_up_is_held_by_nobody() -> None:
+    copier = StreamCopier(torch.device("cpu"), api=_fake_cuda())
+    slot, weights = torch.zeros(3), torch.ones(3)
+    watched = weakref.ref(slot)
+    copier.load(0, [(slot, weights)])
+    copier.ready(0)
+    del slot
+    deadline = time.monotonic() + 5
+    while watched() is not None and time.monotonic() < deadline:
+        time.sleep(0.01)  # the thread may be between two lines
+    assert watched() is None
+    copier.close()
+
+
+def test_a_component_that_cannot_be_filled_leaves_nothing(toy: Path) -> None:
+    with torch.device("meta"):
+        part = nn.Linear(3, 3)
+
+    def fill() -> None:
+        raise OSError("the disk is gone")
+
+    turns = Turns(torch.device("cpu"), {"a": (part, fill)})
+    for _ in range(2):
+        with pytest.raises(OSError, match="the disk is gone"):
+            turns.use("a")
+        assert part.weight.is_meta
+
+
+def test_an_engine_lets_go_of_its_threads(toy: Path, monkeypatch) -> None:
+    closed = []
+    monkeypatch.setattr(LayerRing, "close", lambda ring: closed.append(ring))
+    engine = Engine.load(toy / "base", EngineConfig(device="cpu", dtype="float32", offload="group"))
+    engine.close()
+    assert len(closed) == 2, "the transformer's and the text encoder's"
 
 
 def test_one_component_at_a_time() -> None:

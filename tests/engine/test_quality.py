@@ -113,6 +113,15 @@ def test_the_block_cache_skips_what_changes_little(toy, engines, monkeypatch, th
     assert torch.equal(engine.generate(REQUEST).latents, video), "nothing is left from one video to the next"
 
 
+@pytest.mark.parametrize("threshold", [0.05, 0.3, 0.9])
+def test_both_reuses_together(toy, engines, threshold: float) -> None:
+    """A refreshing step may leave its middle out; what those blocks had kept before then serves on."""
+    request = VideoRequest(prompt="A red fox", num_frames=33, height=64, width=64, steps=9, seed=3)
+    exact = engines("base").generate(request).latents
+    engine = _load(toy, history_refresh=2, block_cache=threshold)
+    assert 15 < psnr(engine.generate(request).latents, exact) < 100
+
+
 def _count(monkeypatch, engine: Engine) -> list[int]:
     with monkeypatch.context() as patch:
         rows = _rows_per_block(patch)

@@ -47,6 +47,7 @@ def test_ranks_write_a_trace_each(toy, tmp_path) -> None:
         (["--profile", "t.json", "--profile-chunk", "2"], "profile-chunk 2: the video has chunks 0 to 1"),
         (["--profile", "t.json", "--profile-chunk", "-1"], "profile-chunk -1: the video has chunks 0 to 1"),
         (["--profile-chunk", "1"], "profile-chunk needs profile"),
+        (["--profile", "t.json", "--profile-chunk", "-1", "--num-frames", "endless"], "has chunks 0 without end"),
     ],
 )
 def test_bad_profile_flags(toy, tmp_path, capsys, flags: list[str], message: str) -> None:
