@@ -24,6 +24,7 @@ import torch
 
 from benchmarks.gpu_modes import offload_figures, quality_figures
 from benchmarks.gpu_ranks import sharded_against_one, share_times
+from benchmarks.gpu_roofline import graph_seconds, roofline_seconds
 from helios_engine import Engine, EngineConfig, VideoRequest
 from helios_engine.config import LATENT_FRAMES_PER_CHUNK, ModelConfig, Recipe, SchedulerConfig, VaeConfig
 from helios_engine.engine.checkpoint import Checkpoint, make_transformer
@@ -161,16 +162,27 @@ def part_sanitize(scale: Scale) -> dict[str, object]:
 
 
 def part_dit(scale: Scale) -> dict[str, object]:
-    """Milliseconds per forward at the three stages."""
+    """Milliseconds per forward at the three stages, plain and recorded, over what its parts take alone in this run."""
     engine = make_engine(scale)
     session = engine.open(make_request(scale))
     context = _context(engine, session)
-    result = {}
+    attention, history = engine.transformer.attention, session.plan.history_tokens
+    result: dict[str, object] = {}
     for size, tokens in zip(session.plan.stage_sizes, session.plan.tokens_per_stage, strict=True):
         latents = torch.randn(1, scale.model.in_channels, LATENT_FRAMES_PER_CHUNK, *size, device=DEVICE).to(DTYPE)
-        seconds = time_seconds(lambda x=latents: engine.transformer(x, 500.0, context), DEVICE, scale.repeats)
-        result[f"forward_ms_{tokens}+{session.plan.history_tokens}"] = 1e3 * seconds
-    return {**result, "attention": engine.transformer.attention.backend, **_peak()}
+
+        def timed(work: Callable[[], object]) -> float:
+            return time_seconds(work, DEVICE, scale.repeats)
+
+        plain = timed(lambda x=latents: engine.transformer(x, 500.0, context))
+        recorded = graph_seconds(engine.transformer, latents, context, timed)
+        least = roofline_seconds(scale.model, tokens, history, attention, DEVICE, DTYPE, timed)
+        stage = {"forward_ms": 1e3 * plain, **{f"least_{name}_ms": 1e3 * value for name, value in least.items()}}
+        stage["of_roofline"] = least["sum"] / plain
+        if recorded is not None:
+            stage |= {"recorded_ms": 1e3 * recorded, "recorded_of_roofline": least["sum"] / recorded}
+        result[f"{tokens}+{history}"] = stage
+    return {**result, "attention": attention.backend, **_peak()}
 
 
 def part_ranks(scale: Scale) -> dict[str, object]:

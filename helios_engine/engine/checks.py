@@ -1,19 +1,60 @@
-"""What must hold between requests, states and ranks beyond one request's own rules."""
+"""What must hold before anything large is read, and between requests, states and ranks."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from helios_engine.config import NUM_HISTORY_FRAMES, ModelConfig
+from helios_engine.engine.checkpoint import Checkpoint
+from helios_engine.engine.devices import resolve_device, resolve_dtype
 from helios_engine.engine.plan import Plan
 from helios_engine.engine.state import SessionState
-from helios_engine.ops import fp8
+from helios_engine.ops import fp8, native
+from helios_engine.ops.attention import attention_candidates, choose_attention
+from helios_engine.parallel.attention import check_exchange
 from helios_engine.parallel.context import ContextParallel
 from helios_engine.request import VideoRequest
 from helios_engine.settings import EngineConfig
+
+
+def checked_checkpoint(
+    path_or_id: str | Path, config: EngineConfig, context: ContextParallel
+) -> tuple[Checkpoint, str]:
+    """The checkpoint and the attention backend, files and settings checked before anything large is read."""
+    native.check()
+    device, dtype = resolve_device(config.device), resolve_dtype(config)
+    checkpoint = Checkpoint.open(path_or_id, config.revision)
+    model = checkpoint.model
+    attention = choose_attention(
+        config.attention_backend, device=device, dtype=dtype, head_dim=model.attention_head_dim
+    )
+    check_exchange(
+        config.exchange,
+        context,
+        num_heads=model.num_attention_heads,
+        backend=attention.backend,
+        ring_method=config.ring_method,
+    )
+    check_approximations(config, model, context, device, dtype)
+    checkpoint.check()
+    return checkpoint, attention.backend
+
+
+def load_facts(checkpoint: Checkpoint, backend: str, config: EngineConfig) -> dict[str, str]:
+    """What must be equal on all ranks; where the files lie and which GPU it is need not be."""
+    device = resolve_device(config.device)
+    can_run = attention_candidates(
+        device=device, dtype=resolve_dtype(config), head_dim=checkpoint.model.attention_head_dim
+    )
+    kind = {"device": device.type, "attention": backend, "attention backends that run": ", ".join(can_run)}
+    settings = {f.name: repr(getattr(config, f.name)) for f in dataclasses.fields(config) if f.name != "device"}
+    parts = {name: repr(getattr(checkpoint, name)) for name in ("model", "vae", "scheduler", "recipe")}
+    return {**kind, **settings, **parts}
 
 
 def check_approximations(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import logging
 import time
@@ -16,7 +15,13 @@ from torch import Tensor
 from helios_engine.engine import conditioning
 from helios_engine.engine.autotune import settle_attention
 from helios_engine.engine.checkpoint import Checkpoint
-from helios_engine.engine.checks import check_approximations, check_same_latents, check_same_shape, check_state
+from helios_engine.engine.checks import (
+    check_same_latents,
+    check_same_shape,
+    check_state,
+    checked_checkpoint,
+    load_facts,
+)
 from helios_engine.engine.chunk import ChunkJob, StepCallback, denoise_chunk
 from helios_engine.engine.control import Cancelled, Control
 from helios_engine.engine.devices import resolve_device, resolve_dtype
@@ -33,10 +38,7 @@ from helios_engine.model.reuse import Approximations
 from helios_engine.model.text import TextEncoder
 from helios_engine.model.transformer import TextContext, Transformer
 from helios_engine.model.vae import VideoAutoencoder
-from helios_engine.ops import native
-from helios_engine.ops.attention import attention_candidates, choose_attention
 from helios_engine.output import Video, collect
-from helios_engine.parallel.attention import check_exchange
 from helios_engine.parallel.context import ContextParallel
 from helios_engine.request import ChunkTiming, VideoChunk, VideoRequest
 from helios_engine.sampling.noise import NoiseSource
@@ -98,7 +100,7 @@ class Engine:
         config, context = config or EngineConfig(), context or ContextParallel.single()
         with span("load"):
             checkpoint = context.agreed(
-                lambda: _checked(path_or_id, config, context), lambda found: _load_facts(*found, config)
+                lambda: checked_checkpoint(path_or_id, config, context), lambda found: load_facts(*found, config)
             )[0]
             device, dtype = resolve_device(config.device), resolve_dtype(config)
             encodes_text = context.is_first or config.text_encoder_ranks == "all"
@@ -445,36 +447,3 @@ def _both(first: StepCallback, second: StepCallback) -> StepCallback:
         second(stage, step, latents)
 
     return call
-
-
-def _checked(path_or_id: str | Path, config: EngineConfig, context: ContextParallel) -> tuple[Checkpoint, str]:
-    """The checkpoint and the attention backend, files and settings checked before anything large is read."""
-    native.check()
-    device, dtype = resolve_device(config.device), resolve_dtype(config)
-    checkpoint = Checkpoint.open(path_or_id, config.revision)
-    model = checkpoint.model
-    attention = choose_attention(
-        config.attention_backend, device=device, dtype=dtype, head_dim=model.attention_head_dim
-    )
-    check_exchange(
-        config.exchange,
-        context,
-        num_heads=model.num_attention_heads,
-        backend=attention.backend,
-        ring_method=config.ring_method,
-    )
-    check_approximations(config, model, context, device, dtype)
-    checkpoint.check()
-    return checkpoint, attention.backend
-
-
-def _load_facts(checkpoint: Checkpoint, backend: str, config: EngineConfig) -> dict[str, str]:
-    """What must be equal on all ranks; where the files lie and which GPU it is need not be."""
-    device = resolve_device(config.device)
-    can_run = attention_candidates(
-        device=device, dtype=resolve_dtype(config), head_dim=checkpoint.model.attention_head_dim
-    )
-    kind = {"device": device.type, "attention": backend, "attention backends that run": ", ".join(can_run)}
-    settings = {f.name: repr(getattr(config, f.name)) for f in dataclasses.fields(config) if f.name != "device"}
-    parts = {name: repr(getattr(checkpoint, name)) for name in ("model", "vae", "scheduler", "recipe")}
-    return {**kind, **settings, **parts}

@@ -1,0 +1,65 @@
+"""What a forward takes at least on this device: its own matrix products and attention, each alone, and its bytes at a copy's rate.
+
+# n noisy tokens, h history tokens, L = n + h
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from helios_engine.config import ModelConfig
+from helios_engine.engine.graphs import CudaRecorder, ForwardGraphs
+from helios_engine.model.transformer import ChunkContext, Transformer
+from helios_engine.ops.attention import Attention
+
+TEXT_TOKENS = 512
+Timer = Callable[[Callable[[], object]], float]
+
+
+def roofline_seconds(
+    model: ModelConfig,
+    noisy: int,
+    history: int,
+    attention: Attention,
+    device: torch.device,
+    dtype: torch.dtype,
+    timed: Timer,
+) -> dict[str, float]:
+    """Seconds of one forward of one prompt by part; the text's keys and values are not in it, they are made once."""
+    dim, ffn, rows = model.dim, model.ffn_dim, noisy + history
+    products = [(rows, dim, 3 * dim), (rows, dim, dim), (noisy, dim, dim), (noisy, dim, dim), (rows, dim, ffn)]
+    products.append((rows, ffn, dim))
+    gemm = 0.0
+    for m, k, n in products:
+        x, w = torch.randn(m, k, device=device, dtype=dtype), torch.randn(n, k, device=device, dtype=dtype)
+        bias = torch.randn(n, device=device, dtype=dtype)
+        gemm += timed(lambda x=x, w=w, b=bias: torch.nn.functional.linear(x, w, b))
+    heads, head_dim = model.num_attention_heads, model.attention_head_dim
+    attending = 0.0
+    for queries, keys in ((rows, rows), (noisy, TEXT_TOKENS)):
+        q, k, v = (torch.randn(1, t, heads, head_dim, device=device, dtype=dtype) for t in (queries, keys, keys))
+        attending += timed(lambda q=q, k=k, v=v: attention(q, k, v))
+    # Read and written once: residual and norm twice, q and k, over all rows; the text's queries and residual over the noisy.
+    moved = (2 * 4 * rows + 4 * rows + (2 + 4) * noisy) * dim * dtype.itemsize
+    source = torch.empty(moved // 2, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    layers = model.num_layers
+    parts = {
+        "gemm": layers * gemm,
+        "attention": layers * attending,
+        "bytes": layers * timed(lambda: target.copy_(source)),
+    }
+    return {**parts, "sum": sum(parts.values())}
+
+
+def graph_seconds(transformer: Transformer, latents: torch.Tensor, context: ChunkContext, timed: Timer) -> float | None:
+    """Seconds of a recorded forward; None where there are no CUDA graphs."""
+    if latents.device.type != "cuda":
+        return None
+    graphs = ForwardGraphs(transformer, CudaRecorder(latents.device))
+    expected = [rows.clone() for rows in transformer(latents, 500.0, context)]
+    for actual, rows in zip(graphs(latents, 500.0, context), expected, strict=True):
+        assert torch.equal(actual, rows), "a replay must have the numbers of the forward it recorded"
+    return timed(lambda: graphs(latents, 500.0, context))
