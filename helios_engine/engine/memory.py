@@ -78,7 +78,7 @@ def estimate_memory(checkpoint: Checkpoint, plan: Plan, config: EngineConfig, te
     weights, block = _module_bytes(transformer), _module_bytes(transformer.blocks[0])
     refresh, _, uses_fp8 = config.approximations
     if uses_fp8:
-        products = model.num_layers * (5 * model.dim**2 + model.dim**2 + 2 * model.dim * model.ffn_dim)
+        products = model.num_layers * (6 * model.dim**2 + 2 * model.dim * model.ffn_dim)
         weights -= products * (dtype.itemsize - 1)
     kept = branches * model.num_layers * plan.history_tokens * 2 * model.dim * dtype.itemsize if refresh > 1 else 0
     text_keys_values = branches * model.num_layers * text_tokens * 2 * model.dim * dtype.itemsize

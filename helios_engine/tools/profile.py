@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -11,6 +12,8 @@ from typing import TypeVar
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+from helios_engine.output import temporary_name
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -107,10 +110,17 @@ def profiled(items: Iterator[T], index: int, keep: Callable[[profile], None]) ->
 
 def write_trace(profiler: profile, path: Path) -> None:
     """Write a Chrome trace; it appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp.json")
-    try:
+    with _written_whole(path) as temporary:
         profiler.export_chrome_trace(str(temporary))
+
+
+@contextlib.contextmanager
+def _written_whole(path: Path) -> Iterator[Path]:
+    """A name to write to; the file appears under its own when the block ends well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(path)
+    try:
+        yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -202,10 +212,5 @@ def draw_timeline(timeline: Timeline, path: Path) -> None:
         share = 100 * totals[category] * 1e3 / timeline.duration
         text = f"{totals[category]:.1f} ms, {share:.0f} %"
         canvas.text((left + width * totals[category] / longest + 6, top + 5), text, fill="black")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp.png")
-    try:
+    with _written_whole(path) as temporary:
         image.save(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks import gpu_modes
 from helios_engine import Engine, EngineConfig, VideoRequest
 from helios_engine.cli import main
 from helios_engine.model.block import Block
@@ -25,8 +25,7 @@ def _load(toy: Path, variant: str = "base", **settings: object) -> Engine:
 
 def psnr(actual: Tensor, exact: Tensor) -> float:
     """Decibels, the peak being the exact values' range."""
-    error = (actual - exact).square().mean()
-    return 10 * math.log10((exact.max() - exact.min()).square() / error) if error > 0 else math.inf
+    return gpu_modes.psnr(actual, exact, (exact.max() - exact.min()).item())
 
 
 def _rows_per_block(monkeypatch) -> list[int]:

@@ -31,11 +31,10 @@ def rand(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tens
 @st.composite
 def norm_cases(draw: st.DrawFn) -> dict:
     batch, rows, width = draw(st.integers(1, 3)), draw(st.integers(0, 9)), draw(widths)
-    dtype, offset = draw(dtypes), draw(st.sampled_from([0, 1, 8]))
-    # Rows as a part of wider ones, at an address that may be odd.
-    wide = rand(batch, rows, width + offset + draw(st.integers(0, 9)), dtype=dtype, seed=draw(st.integers(0, 99)))
+    dtype = draw(dtypes)
     return {
-        "x": wide[..., offset : offset + width],
+        "x": rand(batch, rows, width, dtype=dtype, seed=draw(st.integers(0, 99))),
+        "margins": (draw(st.sampled_from([0, 1, 8])), draw(st.integers(0, 9))),
         "update": rand(batch, rows, width, dtype=dtype, seed=1),
         "rows": [rand(2, width, seed=seed) for seed in (2, 3, 4)],
         "num_history": draw(st.integers(0, rows)),
@@ -44,8 +43,17 @@ def norm_cases(draw: st.DrawFn) -> dict:
     }
 
 
-def chained(x: Tensor, update: Tensor, rows: list[Tensor], num_history: int) -> tuple[Tensor, Tensor]:
-    x = x.clone()
+def laid_out(x: Tensor, margins: tuple[int, int]) -> Tensor:
+    """The same rows as a part of wider ones, at an address that may be odd; NaN lies between them."""
+    before, after = margins
+    wide = x.new_full((*x.shape[:2], before + x.size(-1) + after), float("nan"))
+    part = wide[..., before : before + x.size(-1)]
+    part.copy_(x)
+    return part
+
+
+def chained(case: dict, x: Tensor, update: Tensor, rows: list[Tensor], num_history: int) -> tuple[Tensor, Tensor]:
+    x = laid_out(x, case["margins"])
     out = native.residual_gate_norm_(x, update, *rows, num_history=num_history, eps=EPS)
     return x, out
 
@@ -54,14 +62,14 @@ def chained(x: Tensor, update: Tensor, rows: list[Tensor], num_history: int) -> 
 @given(norm_cases())
 def test_rows_of_a_segment_are_independent(case: dict) -> None:
     x, update, rows, num_history = case["x"], case["update"], case["rows"], case["num_history"]
-    whole = chained(x, update, rows, num_history)
+    whole = chained(case, x, update, rows, num_history)
     in_history = case["order"] < num_history
     order = torch.cat([case["order"][in_history], case["order"][~in_history]]).to(DEVICE)  # within each segment
-    moved = chained(x[:, order], update[:, order], rows, num_history)
+    moved = chained(case, x[:, order], update[:, order], rows, num_history)
     assert all(torch.equal(a, b[:, order]) for a, b in zip(moved, whole, strict=True))
     cut = case["cut"]
-    first = chained(x[:, :cut], update[:, :cut], rows, min(cut, num_history))
-    second = chained(x[:, cut:], update[:, cut:], rows, max(0, num_history - cut))
+    first = chained(case, x[:, :cut], update[:, :cut], rows, min(cut, num_history))
+    second = chained(case, x[:, cut:], update[:, cut:], rows, max(0, num_history - cut))
     for parts in zip(first, second, whole, strict=True):
         assert torch.equal(torch.cat(parts[:2], dim=1), parts[2]), "a shard computes the numbers of the whole"
 
@@ -70,9 +78,10 @@ def test_rows_of_a_segment_are_independent(case: dict) -> None:
 @given(norm_cases())
 def test_a_closed_gate_is_the_norm_alone(case: dict) -> None:
     x, rows, num_history = case["x"], case["rows"], case["num_history"]
-    same, out = chained(x, case["update"], [torch.zeros_like(rows[0]), *rows[1:]], num_history)
+    same, out = chained(case, x, case["update"], [torch.zeros_like(rows[0]), *rows[1:]], num_history)
     assert torch.equal(same, x)
-    assert torch.equal(out, native.norm_scale_shift(x, *rows[1:], num_history=num_history, eps=EPS))
+    alone = native.norm_scale_shift(laid_out(x, case["margins"]), *rows[1:], num_history=num_history, eps=EPS)
+    assert torch.equal(out, alone)
     plain = native.norm_scale_shift(
         x, torch.ones_like(rows[1]), torch.zeros_like(rows[2]), num_history=num_history, eps=EPS
     ).double()
@@ -85,7 +94,7 @@ def test_a_closed_gate_is_the_norm_alone(case: dict) -> None:
 @given(norm_cases(), st.integers(-6, 6))
 def test_rmsnorm_knows_no_scale(case: dict, power: int) -> None:
     x, weight = case["x"], rand(case["x"].size(-1), dtype=case["x"].dtype, seed=5)
-    plain, scaled = x.clone(), x * 2.0**power
+    plain, scaled = laid_out(x, case["margins"]), laid_out(x * 2.0**power, case["margins"])
     if x.dtype == torch.float16 and (scaled.abs() < 2**-14).logical_and(x != 0).any():
         return  # below its normal range float16 itself rounds
     native.rms_norm_(plain, weight, eps=0.0)
@@ -213,7 +222,7 @@ def test_rows_may_lie_more_than_two_billion_elements_apart() -> None:
     x = buffer.as_strided((1, 3, 192), (0, stride, 1))
     x.copy_(rand(1, 3, 192, dtype=torch.bfloat16))
     rows, update = [rand(2, 192, seed=seed) for seed in (1, 2, 3)], rand(1, 3, 192, dtype=torch.bfloat16, seed=4)
-    expected, expected_out = chained(x.contiguous(), update, rows, 1)
+    expected, expected_out = chained({"margins": (0, 0)}, x, update, rows, 1)
     out = native.residual_gate_norm_(x, update, *rows, num_history=1, eps=EPS)
     assert torch.equal(x, expected)
     assert torch.equal(out, expected_out)
