@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 export OMP_NUM_THREADS ?= 2
 PLAIN := tests/engine/test_parity.py tests/model tests/sampling tests/ops
 
-.PHONY: demo test test-full lint format clean kernels cuda-check
+.PHONY: demo test test-full lint format clean kernels emulated cuda-check
 
 # torch first and by exact version: a later `pip install` then never picks another build of it.
 $(VENV)/.ready: pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc/*/*)
@@ -41,6 +41,12 @@ kernels:
 	ctest --test-dir build/kernels --output-on-failure
 	cmake -B build/sanitized -S . -DHELIOS_SANITIZE=ON >/dev/null && cmake --build build/sanitized --parallel 2 >/dev/null
 	ctest --test-dir build/sanitized --output-on-failure
+
+# The CUDA kernels as the CPU emulates them, thread by thread, through torch: the operators' own tests.
+emulated: $(VENV)/.ready
+	cmake -B build/emulated -S . -DHELIOS_TORCH=$$($(BIN)/python -c 'import torch; print(torch.__path__[0])') >/dev/null
+	cmake --build build/emulated --parallel 2 --target helios_emulated_ops >/dev/null
+	HELIOS_OPS=build/emulated/libhelios_emulated_ops.so $(BIN)/python -m pytest tests/ops/test_native.py tests/ops/test_properties.py
 
 # Every CUDA kernel for every architecture, with nvcc alone; no GPU needed.
 cuda-check: $(VENV)/.ready

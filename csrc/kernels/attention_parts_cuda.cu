@@ -37,7 +37,7 @@ template <typename Unit>
 int unpack_by(const UnpackHeads& args, const Sources& sources, cudaStream_t stream) {
   const std::int64_t units =
       args.head_dim * args.element_size / static_cast<std::int64_t>(sizeof(Unit));
-  unpack<Unit><<<grid_for(args.batch * args.rows), kThreads, 0, stream>>>(args, sources, units);
+  launch(unpack<Unit>, grid_for(args.batch * args.rows), kThreads, stream, args, sources, units);
   return finish();
 }
 
@@ -66,8 +66,8 @@ __global__ void __launch_bounds__(kThreads) merge(const MergePartials args) {
 
 template <typename T>
 int run_merge(const MergePartials& args, cudaStream_t stream) {
-  merge<T>
-      <<<grid_for((args.rows + kThreads / 32 - 1) / (kThreads / 32)), kThreads, 0, stream>>>(args);
+  launch(merge<T>, grid_for((args.rows + kThreads / 32 - 1) / (kThreads / 32)), kThreads, stream,
+         args);
   return finish();
 }
 

@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "types.h"
 
@@ -72,11 +73,15 @@ struct Vector {
     T parts[kSize];
 #pragma unroll
     for (int i = 0; i < kSize; ++i) parts[i] = from_float<T>(values[i]);
-    std::uint32_t words[4];
-    memcpy(words, parts, sizeof words);
+    uint4 bits;
+    memcpy(&bits, parts, sizeof bits);
+#ifdef __CUDA_ARCH__
     asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
-                 "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+                 "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w)
                  : "memory");
+#else
+    *reinterpret_cast<uint4*>(to) = bits;
+#endif
   }
 };
 
@@ -90,12 +95,13 @@ __device__ __forceinline__ void load_floats(float* to, const float* from) {
   }
 }
 
-// The sum over the block's threads, on all of them, in a fixed order. scratch holds 33 floats.
+// The sum over the block's threads, on all of them, in a fixed order. scratch holds 33 floats; two
+// barriers keep the next sum off it: the first until all have read this one's result, the second
+// until the first warp has read its parts.
 __device__ __forceinline__ float block_sum(float value, float* scratch) {
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  __syncthreads();  // the scratch may still be read from the sum before
+  const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   if (lane == 0) scratch[warp] = value;
   __syncthreads();
   if (warp == 0) {
@@ -116,14 +122,28 @@ inline bool has_aligned_rows(const Rows& rows, std::int64_t element_size) {
          rows.row_stride * element_size % 16 == 0;
 }
 
-inline int finish() { return static_cast<int>(cudaGetLastError()); }
-
-constexpr int kMaxGridBlocks =
-    1 << 20;  // kernels stride over what a grid of this size does not cover
+#ifndef HELIOS_MAX_GRID
+#define HELIOS_MAX_GRID (1 << 20)
+#endif
+// Kernels stride over what a grid of this size does not cover.
+constexpr int kMaxGridBlocks = HELIOS_MAX_GRID;
 
 inline int grid_for(std::int64_t items) {
   return static_cast<int>(items < kMaxGridBlocks ? items : kMaxGridBlocks);
 }
+
+// Enqueues one kernel; finish() says whether it could be.
+template <typename... Params>
+void launch(void (*kernel)(Params...), int blocks, int threads, cudaStream_t stream,
+            const std::common_type_t<Params>&... args) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.stream = stream;
+  (void)cudaLaunchKernelEx(&config, kernel, args...);
+}
+
+inline int finish() { return static_cast<int>(cudaGetLastError()); }
 
 #define HELIOS_FOR_DTYPE(dtype, run, args, stream) \
   switch (dtype) {                                 \

@@ -1,3 +1,5 @@
+#include <climits>
+
 #include "cuda.cuh"
 #include "latents.h"
 
@@ -36,9 +38,9 @@ int run_upsample(const UpsampleRenoise& args, cudaStream_t stream) {
     return static_cast<int>(cudaErrorMisalignedAddress);
   const int blocks = blocks_for(args.planes * args.rows * args.columns);
   if (args.x_dtype == DType::kFloat32) {
-    upsample<float, N, float><<<blocks, kThreads, 0, stream>>>(args);
+    launch(upsample<float, N, float>, blocks, kThreads, stream, args);
   } else {
-    upsample<N, N, N><<<blocks, kThreads, 0, stream>>>(args);
+    launch(upsample<N, N, N>, blocks, kThreads, stream, args);
   }
   return finish();
 }
@@ -46,7 +48,7 @@ int run_upsample(const UpsampleRenoise& args, cudaStream_t stream) {
 __device__ double block_sum_double(double value, double* scratch) {
   scratch[threadIdx.x] = value;
   __syncthreads();
-  for (int step = kThreads / 2; step > 0; step /= 2) {
+  for (unsigned step = kThreads / 2; step > 0; step /= 2) {
     if (threadIdx.x < step) scratch[threadIdx.x] += scratch[threadIdx.x + step];
     __syncthreads();
   }
@@ -105,10 +107,10 @@ __global__ void __launch_bounds__(kThreads) combine(const CfgCombine args) {
 template <typename T>
 int run_combine(const CfgCombine& args, cudaStream_t stream) {
   if (args.zero_star) {
-    if (args.batch > kMaxGridBlocks / kCfgBlocks) return static_cast<int>(cudaErrorInvalidValue);
-    sums<T><<<static_cast<int>(args.batch * kCfgBlocks), kThreads, 0, stream>>>(args);
+    if (args.batch > INT_MAX / kCfgBlocks) return static_cast<int>(cudaErrorInvalidValue);
+    launch(sums<T>, static_cast<int>(args.batch * kCfgBlocks), kThreads, stream, args);
   }
-  combine<T><<<blocks_for(args.batch * args.count), kThreads, 0, stream>>>(args);
+  launch(combine<T>, blocks_for(args.batch * args.count), kThreads, stream, args);
   return finish();
 }
 

@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kThreads) step(const SolverStep args) {
 template <typename In, typename Out>
 int gather_to(const PatchGather& args, cudaStream_t stream) {
   const int64_t length = args.channels * args.kernel[0] * args.kernel[1] * args.kernel[2];
-  gather<In, Out><<<blocks_for(args.batch * args.num_rows * length), kThreads, 0, stream>>>(args);
+  launch(gather<In, Out>, blocks_for(args.batch * args.num_rows * length), kThreads, stream, args);
   return finish();
 }
 
@@ -73,7 +73,7 @@ int run_gather(const PatchGather& args, cudaStream_t stream) {
 template <typename V, typename L, typename O>
 int step_to(const SolverStep& args, cudaStream_t stream) {
   const int64_t total = args.batch * args.channels * args.size[0] * args.size[1] * args.size[2];
-  step<V, L, O><<<blocks_for(total), kThreads, 0, stream>>>(args);
+  launch(step<V, L, O>, blocks_for(total), kThreads, stream, args);
   return finish();
 }
 

@@ -192,9 +192,9 @@ int run(const QkRmsnormRope& args, cudaStream_t stream) {
                     is_aligned(args.k_weight) && is_aligned(args.rotation) &&
                     (args.packed == nullptr || is_aligned(args.packed));
   if (fits) {
-    qk_rmsnorm_rope_registers<T, kVectors><<<blocks, kThreads, 0, stream>>>(args, destinations);
+    launch(qk_rmsnorm_rope_registers<T, kVectors>, blocks, kThreads, stream, args, destinations);
   } else {
-    qk_rmsnorm_rope_any<T><<<blocks, kThreads, 0, stream>>>(args, destinations);
+    launch(qk_rmsnorm_rope_any<T>, blocks, kThreads, stream, args, destinations);
   }
   return finish();
 }
@@ -204,9 +204,9 @@ int run_rows(const RmsnormRows& args, cudaStream_t stream) {
   constexpr int kVectors = 5120 / kThreads / Vector<T>::kSize;
   const int blocks = grid_for(args.batch * args.rows);
   if (args.width == 5120 && has_aligned_rows(args.x, sizeof(T)) && is_aligned(args.weight)) {
-    rmsnorm_rows_registers<T, kVectors><<<blocks, kThreads, 0, stream>>>(args);
+    launch(rmsnorm_rows_registers<T, kVectors>, blocks, kThreads, stream, args);
   } else {
-    rmsnorm_rows_any<T><<<blocks, kThreads, 0, stream>>>(args);
+    launch(rmsnorm_rows_any<T>, blocks, kThreads, stream, args);
   }
   return finish();
 }

@@ -126,9 +126,9 @@ int run(const ResidualGateNorm& args, cudaStream_t stream) {
   const int blocks = grid_for(args.batch * args.rows);
   if (fits_vectors<T>(args)) {
     constexpr int kVectors = 5120 / kThreads / Vector<T>::kSize;
-    residual_gate_norm_registers<T, kVectors><<<blocks, kThreads, 0, stream>>>(args);
+    launch(residual_gate_norm_registers<T, kVectors>, blocks, kThreads, stream, args);
   } else {
-    residual_gate_norm_any<T><<<blocks, kThreads, 0, stream>>>(args);
+    launch(residual_gate_norm_any<T>, blocks, kThreads, stream, args);
   }
   return finish();
 }

@@ -155,11 +155,11 @@ int run_norm(const ChannelNormSilu& args, cudaStream_t stream) {
                     has_aligned_pixels(args.out, sizeof(T)) && is_aligned(args.gamma);
   const int64_t vectors = (args.channels / Vector<T>::kSize + 31) / 32;
   if (fits && vectors == 1) {
-    norm_vectors<T, 1><<<blocks, kThreads, 0, stream>>>(args, root);
+    launch(norm_vectors<T, 1>, blocks, kThreads, stream, args, root);
   } else if (fits && vectors <= 3) {
-    norm_vectors<T, 3><<<blocks, kThreads, 0, stream>>>(args, root);
+    launch(norm_vectors<T, 3>, blocks, kThreads, stream, args, root);
   } else {
-    norm_any<T><<<blocks, kThreads, 0, stream>>>(args, root);
+    launch(norm_any<T>, blocks, kThreads, stream, args, root);
   }
   return finish();
 }
@@ -167,7 +167,7 @@ int run_norm(const ChannelNormSilu& args, cudaStream_t stream) {
 template <typename T>
 int run_add(const BiasResidual& args, cudaStream_t stream) {
   const int64_t total = args.batch * args.frames * args.rows * args.columns * args.channels;
-  add<T><<<grid_for((total + kThreads - 1) / kThreads), kThreads, 0, stream>>>(args);
+  launch(add<T>, grid_for((total + kThreads - 1) / kThreads), kThreads, stream, args);
   return finish();
 }
 
@@ -175,7 +175,8 @@ template <typename Unit>
 int upsample_by(const UpsampleNearest& args, cudaStream_t stream) {
   const int64_t units = args.channels * args.element_size / static_cast<int64_t>(sizeof(Unit));
   const int64_t total = args.batch * args.frames * args.rows * args.columns * units;
-  upsample<Unit><<<grid_for((total + kThreads - 1) / kThreads), kThreads, 0, stream>>>(args, units);
+  launch(upsample<Unit>, grid_for((total + kThreads - 1) / kThreads), kThreads, stream, args,
+         units);
   return finish();
 }
 

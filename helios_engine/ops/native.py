@@ -2,7 +2,8 @@
 
 # B batch, L tokens, H heads, K head dim, D width (H * K), S segments: row 0 history, row 1 noisy
 
-Both have one meaning, given in reference.py. HELIOS_OPS=reference leaves the library alone, HELIOS_OPS=native insists on it.
+Both have one meaning, given in reference.py. HELIOS_OPS=reference leaves the library alone, HELIOS_OPS=native insists on it, and a path
+that ends in .so insists on that library instead.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from helios_engine.trace import span
 
 logger = logging.getLogger(__name__)
 
-LIBRARY = Path(__file__).parent.parent / "libhelios_ops.so"
+_WANTED = os.environ.get("HELIOS_OPS", "")
+LIBRARY = Path(_WANTED if _WANTED.endswith(".so") else Path(__file__).parent.parent / "libhelios_ops.so")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CFG_BLOCKS = 64  # latents.h
 _MAX_UNIPC_HISTORY = 4  # patchify.h
@@ -43,19 +45,18 @@ OPERATORS = (
 
 def _load() -> tuple[str, str]:
     """Load the library; returns (why it is not used or nothing, why nothing may run at all or nothing)."""
-    wanted = os.environ.get("HELIOS_OPS", "")
-    if wanted not in ("", "native", "reference"):
-        return "HELIOS_OPS is unknown", f"HELIOS_OPS must be native or reference, got {wanted!r}"
-    if wanted == "reference":
+    if _WANTED not in ("", "native", "reference") and not _WANTED.endswith(".so"):
+        return "HELIOS_OPS is unknown", f"HELIOS_OPS must be native, reference or a library (.so), got {_WANTED!r}"
+    if _WANTED == "reference":
         return "HELIOS_OPS=reference", ""
-    problem = "" if LIBRARY.is_file() else "it was not built"
+    problem = "" if LIBRARY.is_file() else "there is no such file" if _WANTED.endswith(".so") else "it was not built"
     if not problem:
         try:
             torch.ops.load_library(str(LIBRARY))
         except OSError as error:
             problem = f"it does not load ({error})"
-    insists = problem and wanted == "native"
-    return problem, f"HELIOS_OPS=native, but {LIBRARY} cannot be used: {problem}" if insists else ""
+    insists = problem and _WANTED != ""
+    return problem, f"HELIOS_OPS={_WANTED}, but {LIBRARY} cannot be used: {problem}" if insists else ""
 
 
 WHY_NOT, _PROBLEM = _load()

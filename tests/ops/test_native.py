@@ -504,7 +504,8 @@ def test_infinities_and_nan_stay_what_they_are(device, dtype) -> None:
     [
         ("reference", 0, ("compiled operators are not used: HELIOS_OPS=reference", "plain torch everywhere")),
         ("native", 0, ("CPU: compiled",)),
-        ("fast", 2, ("HELIOS_OPS must be native or reference, got 'fast'",)),
+        ("fast", 2, ("HELIOS_OPS must be native, reference or a library (.so), got 'fast'",)),
+        ("nowhere/lib.so", 2, ("HELIOS_OPS=nowhere/lib.so, but nowhere/lib.so cannot be used: there is no such file",)),
     ],
 )
 def test_the_choice_is_said_aloud(setting: str, code: int, said: tuple[str, ...]) -> None:

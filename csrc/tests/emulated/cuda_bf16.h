@@ -1,0 +1,24 @@
+// bfloat16 as CUDA converts it: to the nearest, ties to even, every NaN to one.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+struct __nv_bfloat16 {
+  std::uint16_t bits;
+};
+
+inline float __bfloat162float(__nv_bfloat16 x) {
+  const std::uint32_t wide = static_cast<std::uint32_t>(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &wide, sizeof value);
+  return value;
+}
+
+inline __nv_bfloat16 __float2bfloat16_rn(float x) {
+  if (x != x) return {0x7fff};
+  std::uint32_t wide;
+  std::memcpy(&wide, &x, sizeof wide);
+  return {static_cast<std::uint16_t>((wide + 0x7fff + (wide >> 16 & 1)) >> 16)};
+}
