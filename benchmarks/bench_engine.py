@@ -32,7 +32,7 @@ from helios_engine.model import rope
 from helios_engine.model.transformer import init_random_
 from helios_engine.model.vae import VideoAutoencoder
 from helios_engine.tools.bench import hardware, time_seconds
-from helios_engine.tools.toy import _init_vae_
+from helios_engine.tools.toy import init_vae_
 from tests.helpers.oracle import mended
 
 
@@ -130,7 +130,7 @@ def write_real_width(folder: Path, num_blocks: int) -> None:
     checkpoint = Checkpoint("random", folder, model, vae_config, scheduler, recipe, has_text_encoder=False)
     transformer, vae = make_transformer(model, device, torch.bfloat16), VideoAutoencoder(vae_config)
     init_random_(transformer, 0)
-    _init_vae_(vae, 0)
+    init_vae_(vae, 0)
     config = EngineConfig(device="cpu", dtype="bfloat16")
     write_checkpoint(Engine(checkpoint, transformer=transformer, vae=vae, text_encoder=None, config=config), folder)
 

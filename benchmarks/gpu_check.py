@@ -9,6 +9,8 @@ overflows. --tiny takes small models and sizes, so that the script itself can be
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import gc
 import json
 import os
 import platform
@@ -16,15 +18,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from benchmarks.gpu_diffusers import chunk_figures, make_pipe, offloaded, time_diffusers
 from benchmarks.gpu_modes import offload_figures, quality_figures
 from benchmarks.gpu_ranks import sharded_against_one, share_times
-from benchmarks.gpu_roofline import graph_seconds, roofline_seconds
+from benchmarks.gpu_roofline import decoder_floor_seconds, graph_seconds, roofline_seconds
 from helios_engine import Engine, EngineConfig, VideoRequest
 from helios_engine.config import LATENT_FRAMES_PER_CHUNK, ModelConfig, Recipe, SchedulerConfig, VaeConfig
 from helios_engine.engine.checkpoint import Checkpoint, make_transformer
@@ -34,9 +38,9 @@ from helios_engine.engine.session import VideoSession
 from helios_engine.model.transformer import init_random_
 from helios_engine.model.vae import VideoAutoencoder
 from helios_engine.ops.attention import choose_attention
-from helios_engine.request import FRAMES_PER_CHUNK
+from helios_engine.request import FRAMES_PER_CHUNK, VideoChunk
 from helios_engine.tools.bench import hardware, time_seconds
-from helios_engine.tools.toy import _init_vae_
+from helios_engine.tools.toy import init_vae_
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16
@@ -75,7 +79,7 @@ def make_engine(scale: Scale, *, vae_dtype: str = "float32", **settings: object)
     transformer = make_transformer(scale.model, DEVICE, DTYPE)
     init_random_(transformer, 0)
     vae = VideoAutoencoder(scale.vae)
-    _init_vae_(vae, 0)
+    init_vae_(vae, 0)
     vae = vae.to(DEVICE, getattr(torch, vae_dtype)).requires_grad_(False).channels_last_()
     vae.statistics = vae.statistics.float()
     config = EngineConfig(device=str(DEVICE), dtype="bfloat16", vae_dtype=vae_dtype, **settings)
@@ -224,40 +228,69 @@ def part_attention(scale: Scale) -> dict[str, object]:
 
 
 def part_vae(scale: Scale) -> dict[str, object]:
-    """Decode of one chunk in three dtypes and two splits; TF32 as torch's defaults have it."""
+    """Decode of one chunk in three dtypes and two splits, TF32 as torch's defaults have it; with algorithms cuDNN has timed
+    (tuned), and over its floor."""
     size = (scale.height // 8, scale.width // 8)
     latents = torch.randn(1, scale.vae.z_dim, LATENT_FRAMES_PER_CHUNK, *size, device=DEVICE)
     result = {}
     for dtype in ("float32", "bfloat16", "float16") if DEVICE.type == "cuda" else ("float32",):
         vae = VideoAutoencoder(scale.vae)
-        _init_vae_(vae, 0)
+        init_vae_(vae, 0)
         vae = vae.to(DEVICE, getattr(torch, dtype)).requires_grad_(False).channels_last_()
         vae.statistics = vae.statistics.float()
         for split in sorted({1, frames_per_call_for(DEVICE, vae, size)}):
             seconds = time_seconds(lambda s=split, v=vae: v.decode(latents, frames_per_call=s), DEVICE, scale.repeats)
             result[f"decode_ms_{dtype}_{split}_per_call"] = 1e3 * seconds
+
+        def decode(s: int = split, v: VideoAutoencoder = vae) -> torch.Tensor:
+            return v.decode(latents, frames_per_call=s)
+
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+            result[f"decode_ms_{dtype}_tuned"] = 1e3 * time_seconds(decode, DEVICE, scale.repeats)
+        floor = decoder_floor_seconds(decode, DEVICE, lambda work: time_seconds(work, DEVICE, scale.repeats))
+        result[f"floor_ms_{dtype}"] = {part: 1e3 * own for part, own in floor.items()}
+        result[f"decode_over_floor_{dtype}"] = seconds / floor["sum"]
         del vae
     return {**result, **_peak()}
 
 
-def _chunk_figures(timings: list[tuple[float, float]]) -> dict[str, float]:
-    """First chunk apart; the rest as a median."""
-    totals = sorted(denoise + decode for denoise, decode in timings[1:])
-    steady = totals[len(totals) // 2]
-    return {"first_chunk_s": sum(timings[0]), "chunk_s": steady, "frames_per_second": FRAMES_PER_CHUNK / steady}
-
-
 def part_engine(scale: Scale) -> dict[str, object]:
-    """Whole chunks, 2,2,2 and 1,1,1, end to end but for text encoding and file writing."""
-    engine = make_engine(scale)
-    next(iter(engine.stream(make_request(scale, chunks=1))))
-    result: dict[str, object] = {}
-    for steps in STEPS:
-        chunks = list(engine.stream(make_request(scale, steps, chunks=5)))
-        assert all(torch.isfinite(chunk.latents).all() for chunk in chunks)
-        timings = [(chunk.timing.denoise_seconds, chunk.timing.decode_seconds) for chunk in chunks]
-        result[steps] = {**_chunk_figures(timings), "decode_s": timings[-1][1]}
-    return {**result, "attention": engine.transformer.attention.backend, **_peak()}
+    """Whole chunks, 2,2,2 and 1,1,1, end to end but for text encoding and file writing; in line, then with what overlaps."""
+    usual = make_engine(scale)
+    modules = {"transformer": usual.transformer, "vae": usual.vae, "text_encoder": None}
+    result: dict[str, object] = {"attention": usual.transformer.attention.backend}
+    expected: dict[str, torch.Tensor] = {}
+    for mode in ((), ("overlap_decode",), ("cuda_graphs",), ("cuda_graphs", "overlap_decode")):
+        config = dataclasses.replace(usual.config, **dict.fromkeys(mode, True))
+        engine = Engine(usual.checkpoint, config=config, **modules) if mode else usual
+        next(iter(engine.stream(make_request(scale, chunks=1))))
+        if DEVICE.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        own: dict[str, object] = {}
+        for steps in STEPS:
+            arrivals, chunks = _arrivals(engine, make_request(scale, steps, chunks=5))
+            latents = torch.cat([chunk.latents for chunk in chunks])
+            assert torch.isfinite(latents).all()
+            same = torch.equal(latents, expected.setdefault(steps, latents))
+            own[steps] = {
+                **chunk_figures(arrivals),
+                "denoise_s": chunks[-1].timing.denoise_seconds,
+                "decode_s": chunks[-1].timing.decode_seconds,
+                **({"equal_to_in_line": same} if mode else {}),
+            }
+        result["+".join(mode) or "in_line"] = {**own, **_peak()}
+        engine.close()
+    return result
+
+
+def _arrivals(engine: Engine, request: VideoRequest) -> tuple[list[float], list[VideoChunk]]:
+    """When the prompt was encoded and when each chunk arrived, and the chunks."""
+    with engine.stream(request) as stream:
+        arrivals, chunks = [time.perf_counter()], []
+        for chunk in stream:
+            arrivals.append(time.perf_counter())
+            chunks.append(chunk)
+    return arrivals, chunks
 
 
 def part_offload(scale: Scale) -> dict[str, object]:
@@ -271,84 +304,32 @@ def part_quality(scale: Scale) -> dict[str, object]:
     return quality_figures(lambda **settings: make_engine(scale, **settings), request)
 
 
-def _diffusers_pipe(scale: Scale, *, compiled: bool):
-    from diffusers import AutoencoderKLWan, HeliosDMDScheduler, HeliosPyramidPipeline, HeliosTransformer3DModel
-
-    config = {name: getattr(scale.model, name) for name in scale.model.__slots__}
-    with torch.device("meta"):
-        transformer = HeliosTransformer3DModel(**config).to(DTYPE)
-    for name, module in transformer.named_modules():
-        if any(name.endswith(part) for part in ("time_embedder", "norm1", "norm2", "norm3")):
-            module.float()
-    transformer = transformer.to_empty(device=DEVICE).eval().requires_grad_(False)
-    for name, parameter in transformer.named_parameters():
-        if "scale_shift_table" in name:
-            parameter.data = parameter.data.float()
-    # Tables that the constructor computed on the meta device.
-    rope = transformer.rope
-    for axis, dim in zip("tyx", scale.model.rope_dim, strict=True):
-        setattr(rope, f"freqs_base_{axis}", rope._get_freqs_base(dim).to(DEVICE))
-    init_random_(transformer, 0)
-    vae = AutoencoderKLWan(base_dim=scale.vae.base_dim).to(DEVICE).eval()
-    _init_vae_(vae, 0)
-    scheduler = HeliosDMDScheduler(use_dynamic_shifting=True, time_shift_type="linear")
-    pipe = HeliosPyramidPipeline(None, None, vae, scheduler, transformer, is_distilled=True)
-    pipe.set_progress_bar_config(disable=True)
-    if compiled:
-        transformer.compile_repeated_blocks(fullgraph=True)
-    return pipe
-
-
-def _time_diffusers(scale: Scale, *, compiled: bool) -> dict[str, object]:
-    """Seconds between the ends of consecutive chunks, taken at each decode's end."""
-    import time
-    from unittest import mock
-
-    from tests.helpers.oracle import mended
-
-    pipe = _diffusers_pipe(scale, compiled=compiled)
-    decode = pipe.vae.decode
-    marks: list[float] = []
-
-    def marking_decode(*args: object, **kwargs: object):
-        output = decode(*args, **kwargs)
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
-        marks.append(time.perf_counter())
-        return output
-
-    result: dict[str, object] = {}
-    for warm_up, steps in ((True, "1,1,1"), (False, "2,2,2"), (False, "1,1,1")):
-        chunks = 1 if warm_up else 3
-        request = make_request(scale, steps, chunks)
-        marks.clear()
-        with mended(), mock.patch.object(pipe.vae, "decode", marking_decode), torch.no_grad():
-            start = time.perf_counter()
-            pipe(
-                prompt_embeds=request.prompt_embeds.to(DEVICE, DTYPE),
-                height=scale.height,
-                width=scale.width,
-                num_frames=FRAMES_PER_CHUNK * chunks,
-                guidance_scale=1.0,
-                pyramid_num_inference_steps_list=list(STEPS[steps]),
-                is_amplify_first_chunk=True,
-                generator=torch.Generator().manual_seed(0),
-                output_type="latent",
-            )
-        if not warm_up:
-            times = [end - begin for begin, end in zip([start, *marks], marks, strict=False)]
-            result[steps] = _chunk_figures([(seconds, 0.0) for seconds in times])
-    return {**result, **_peak()}
-
-
 def part_diffusers(scale: Scale) -> dict[str, object]:
     """The reference, eager, on the same shapes."""
-    return _time_diffusers(scale, compiled=False)
+    requests = {steps: make_request(scale, steps, chunks=3) for steps in STEPS}
+    return {**time_diffusers(make_pipe(scale.model, scale.vae, DEVICE), requests), **_peak()}
 
 
 def part_compiled(scale: Scale) -> dict[str, object]:
     """The reference with its blocks under torch.compile."""
-    return _time_diffusers(scale, compiled=True)
+    pipe = make_pipe(scale.model, scale.vae, DEVICE)
+    pipe.transformer.compile_repeated_blocks(fullgraph=True)
+    return {**time_diffusers(pipe, {steps: make_request(scale, steps, chunks=3) for steps in STEPS}), **_peak()}
+
+
+def part_diffusers_offload(scale: Scale) -> dict[str, object]:
+    """The reference with its group offload, for the part offload to be held against."""
+    result: dict[str, object] = {}
+    for level in ("block", "leaf"):
+        pipe = offloaded(make_pipe(scale.model, scale.vae, DEVICE), level, DEVICE)
+        if DEVICE.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        figures = time_diffusers(pipe, {"1,1,1": make_request(scale, "1,1,1", chunks=2)})
+        result[level] = {**figures["1,1,1"], **_peak()}
+        del pipe
+        gc.collect()
+    return result
 
 
 def _peak() -> dict[str, object]:

@@ -8,7 +8,7 @@
 # ftfy, nvtx). TINY=1 runs small models, to try this script on any machine, without a GPU too.
 set -u
 root=$(cd "$(dirname "$0")/.." && pwd)
-all=(env ops tests dit attention engine vae offload quality ranks diffusers compiled sanitize)
+all=(env ops tests dit attention engine vae offload quality ranks diffusers compiled diffusers_offload sanitize)
 if [ $# -eq 0 ]; then
   echo "usage: benchmarks/gpu_check.sh [PART...] OUT; parts: ${all[*]}" >&2
   exit 2

@@ -71,6 +71,20 @@ def anonymous_gb() -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1e6
 
 
+OFFLOADS: dict[str, dict[str, object]] = {
+    "resident": {},
+    "group": {"offload": "group"},
+    "group, two ahead": {"offload": "group", "offload_ahead": 2},
+    "group by leaves, bf16 VAE": {
+        "offload": "group",
+        "offload_level": "leaf",
+        "offload_ahead": 3,
+        "vae_dtype": "bfloat16",
+    },
+    "model": {"offload": "model"},
+}
+
+
 def offload_figures(
     make_engine: Callable[[], Engine], request: VideoRequest, device: torch.device
 ) -> dict[str, object]:
@@ -81,18 +95,18 @@ def offload_figures(
         write_checkpoint(engine, Path(folder))
         del engine
         latents: dict[str, Tensor] = {}
-        for offload in ("none", "group", "model"):
+        for name, settings in OFFLOADS.items():
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
-            config = EngineConfig(device=str(device), dtype="bfloat16", offload=offload)
+            config = EngineConfig(device=str(device), dtype="bfloat16", **settings)
             checkpoint = Checkpoint.open(folder)
             predicted = estimate_memory(checkpoint, plan_for(checkpoint, request), config, 512).peak
             before = anonymous_gb()
             engine = Engine.load(folder, config)
             chunks = list(engine.stream(request))
-            latents[offload] = torch.cat([chunk.latents.cpu() for chunk in chunks], dim=2)
+            latents[name] = torch.cat([chunk.latents.cpu() for chunk in chunks], dim=2)
             figures = {
                 "first_chunk_s": chunks[0].timing.denoise_seconds + chunks[0].timing.decode_seconds,
                 "chunk_s": chunks[-1].timing.denoise_seconds + chunks[-1].timing.decode_seconds,
@@ -102,10 +116,9 @@ def offload_figures(
             if device.type == "cuda":
                 figures["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
                 figures["predicted_over_peak"] = figures["predicted_gb"] / figures["peak_gb"]
-            result[offload] = figures
+            result[name] = {**figures, "equal to resident": bool(torch.equal(latents[name], latents["resident"]))}
+            engine.close()
             del engine, chunks
-        for offload in ("group", "model"):
-            result[offload]["equal to resident"] = bool(torch.equal(latents[offload], latents["none"]))
     return result
 
 

@@ -1,13 +1,14 @@
-"""What a forward takes at least on this device: its own matrix products and attention, each alone, and its bytes at a copy's rate.
-
-# n noisy tokens, h history tokens, L = n + h
+"""What a forward and a decode take at least on this device: their own matrix products, attention and convolutions, each
+alone and as fast as the libraries can, and the bytes of everything else at a copy's rate.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from helios_engine.config import ModelConfig
 from helios_engine.engine.graphs import CudaRecorder, ForwardGraphs
@@ -63,3 +64,46 @@ def graph_seconds(transformer: Transformer, latents: torch.Tensor, context: Chun
     for actual, rows in zip(graphs(latents, 500.0, context), expected, strict=True):
         assert torch.equal(actual, rows), "a replay must have the numbers of the forward it recorded"
     return timed(lambda: graphs(latents, 500.0, context))
+
+
+class _DecoderWork(TorchDispatchMode):
+    """Notes every convolution by its shapes, and the bytes our own operators must move."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolutions: Counter[tuple[object, ...]] = Counter()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func)
+        if "convolution" in name:
+            x, weight, bias = args[:3]
+            settings = tuple(tuple(a) if isinstance(a, list) else a for a in args[3:])
+            self.convolutions[func, _layout(x), _layout(weight), bias is not None, settings] += 1
+        elif name.startswith("helios."):
+            tensors = [a for a in args if isinstance(a, torch.Tensor)]
+            in_place = tensors[0].nbytes if "bias_residual" in name else 0  # read as well as written
+            self.bytes += in_place + sum(tensor.nbytes for tensor in tensors)
+        return func(*args, **(kwargs or {}))
+
+
+def _layout(x: torch.Tensor) -> tuple[object, ...]:
+    return tuple(x.shape), x.stride(), x.dtype
+
+
+def decoder_floor_seconds(decode: Callable[[], object], device: torch.device, timed: Timer) -> dict[str, float]:
+    """A decode's convolutions, each shape timed alone with the fastest algorithm cuDNN finds, and its operators' bytes."""
+    with _DecoderWork() as work:
+        decode()
+    convolving = 0.0
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+        for (func, x, weight, has_bias, settings), count in work.convolutions.items():
+            x, weight = (
+                torch.empty_strided(*layout[:2], dtype=layout[2], device=device).normal_() for layout in (x, weight)
+            )
+            bias = weight.new_zeros(weight.size(0)) if has_bias else None
+            convolving += count * timed(lambda f=func, a=(x, weight, bias, *settings): f(*a))
+    source = torch.empty(min(work.bytes // 2, 2**31), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copying = timed(lambda: target.copy_(source)) * (work.bytes // 2) / max(1, source.nbytes)
+    return {"convolutions": convolving, "bytes": copying, "sum": convolving + copying}

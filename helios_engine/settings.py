@@ -12,6 +12,7 @@ TEXT_ENCODER_RANKS = ("first", "all")
 DTYPES = ("auto", "bfloat16", "float32")
 VAE_DTYPES = ("float32", "bfloat16", "float16")
 OFFLOADS = ("none", "group", "model")
+OFFLOAD_LEVELS = ("block", "leaf")
 # What a quality setting switches on: (history_refresh, block_cache, fp8).
 QUALITIES = {"exact": (1, 0.0, False), "high": (2, 0.0, False), "fast": (2, 0.1, True)}
 
@@ -118,8 +119,19 @@ class EngineConfig:
         },
     )
     fp8: bool | None = field(default=None, metadata={"help": "approximate: the blocks' products in 8 bits (e4m3)"})
-    cuda_graphs: bool = field(
-        default=False, metadata={"help": "record a forward of each stage once and replay it; not yet tried on a GPU"}
+    cuda_graphs: bool | None = field(
+        default=None,
+        metadata={
+            "help": "record a forward of each stage once and replay it; by default where that can be, each recording checked "
+            "against a plain forward"
+        },
+    )
+    overlap_decode: bool = field(
+        default=False,
+        metadata={
+            "help": "decode a chunk on a stream of its own while the next one is begun (one GPU, more memory); not yet tried "
+            "on a GPU"
+        },
     )
     compile: bool = field(
         default=False,
@@ -133,7 +145,16 @@ class EngineConfig:
             "choices": OFFLOADS,
         },
     )
-    offload_ahead: int = field(default=1, metadata={"help": "layers fetched ahead of the one that computes, for group"})
+    offload_level: str = field(
+        default="block",
+        metadata={
+            "help": "what group fetches at a time: block, or leaf, a block's single layers: slots of 157 MB, not 598 (14 B)",
+            "choices": OFFLOAD_LEVELS,
+        },
+    )
+    offload_ahead: int = field(
+        default=1, metadata={"help": "blocks (or leaves) fetched ahead of the one that computes, for group"}
+    )
     revision: str | None = field(default=None, metadata={"help": "hub revision when the model is a hub id"})
 
     def __post_init__(self) -> None:
@@ -145,17 +166,28 @@ class EngineConfig:
             ("ring_method", RING_METHODS),
             ("text_encoder_ranks", TEXT_ENCODER_RANKS),
             ("offload", OFFLOADS),
+            ("offload_level", OFFLOAD_LEVELS),
             ("quality", tuple(QUALITIES)),
         ):
             value = getattr(self, name)
             _require(value in choices, f"{name} must be one of {', '.join(choices)}, got {value!r}")
-        for name in ("shard_vae", "check_ranks", "compile", "cuda_graphs"):
+        for name in ("shard_vae", "check_ranks", "compile", "overlap_decode"):
             value = getattr(self, name)
             _require(isinstance(value, bool), f"{name} must be true or false, got {value!r}")
+        graphs = self.cuda_graphs
+        _require(graphs is None or isinstance(graphs, bool), f"cuda_graphs must be true, false or None, got {graphs!r}")
         self._check_approximations()
         ahead = self.offload_ahead
         is_whole = isinstance(ahead, int) and not isinstance(ahead, bool)
         _require(is_whole and 1 <= ahead <= 64, f"offload_ahead must be a whole number from 1 to 64, got {ahead!r}")
+        _require(
+            self.offload_level == "block" or self.offload == "group",
+            f"offload_level {self.offload_level} is a way of offload group, but offload is {self.offload}",
+        )
+        _require(
+            not (self.offload_level == "leaf" and self.compile),
+            "compile takes a block's layers together, offload_level leaf fetches them one by one; use one of the two",
+        )
         known = isinstance(self.device, str) and re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device)
         _require(known, f"device must be auto, cpu, cuda or cuda:N with a number, got {self.device!r}")
 

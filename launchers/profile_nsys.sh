@@ -6,7 +6,7 @@
 #
 # Recorded are CUDA and NVTX: our domain "helios", down to single operators and exchanges, and NCCL's own ranges. Recording
 # starts with chunk $CHUNK (counted from 0; 1 by default, the first that is warm) and ends with it. Reports:
-# outputs/helios.rankN.nsys-rep. Flags after the script's name go to `helios-engine generate`.
+# outputs/helios.rankN.nsys-rep. Recorded forwards (CUDA graphs) would hide what is inside a step, so they are off. Flags after the script's name go to `helios-engine generate`.
 set -euo pipefail
 chunk=${CHUNK:-1}
 mkdir -p outputs "${REPORTS:-outputs}"
@@ -18,6 +18,6 @@ exec torchrun --standalone --nproc-per-node "${GPUS:-4}" --no-python \
   "${PYTHON:-python}" -m helios_engine.cli generate \
   --model "${MODEL:-BestWishYsh/Helios-Distilled}" \
   --prompt "${PROMPT:-A red fox runs through fresh snow at sunrise.}" \
-  --num-frames $(((chunk + 1) * 33)) \
+  --num-frames $(((chunk + 1) * 33)) --no-cuda-graphs \
   --output "${OUTPUT:-outputs/profiled.mp4}" \
   "$@"

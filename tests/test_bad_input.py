@@ -225,6 +225,8 @@ ENGINE_SETTINGS = {
     "revision of a folder": ({"revision": "main"}, ["--revision", "main"], "has no effect on the local folder"),
     "device absent": ({"device": "cuda:99"}, ["--device", "cuda:99"], "cuda:99 is not there"),
     "backend": ({"attention_backend": "sage"}, ["--attention-backend", "sage"], "attention"),
+    "offload level": ({"offload_level": "leaf"}, ["--offload-level", "leaf"], "leaf is a way of offload group, but offload is none"),
+    "leaf and compile": ({"offload": "group", "offload_level": "leaf", "compile": True}, ["--offload", "group", "--offload-level", "leaf", "--compile"], "use one of the two"),
     "backend on cpu": ({"attention_backend": "fa3", "device": "cpu"}, ["--attention-backend", "fa3", "--device", "cpu"], "fa3 cannot run"),
 }  # fmt: skip
 

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from helios_engine.config import LATENT_FRAMES_PER_CHUNK, SchedulerConfig
 from helios_engine.engine.control import Control
+from helios_engine.engine.devices import to_device
 from helios_engine.engine.plan import Plan
 from helios_engine.model.reuse import Approximations, Reuse
 from helios_engine.model.transformer import ChunkContext, Transformer
@@ -31,23 +33,53 @@ class ChunkJob:
     plan: Plan
     index: int
     context: ChunkContext
-    noise: tuple[NoiseSource, ...]  # one per video
+    noise: tuple[NoiseSource, ...]  # one per video, the job's own
     initial_BCTHW: Tensor | None  # given start noise; else it is drawn
-    on_step: StepCallback | None
+    on_step: StepCallback
     control: Control  # asked before every step
+    may_rest: bool  # between steps
     approximations: Approximations
     forward: Callable[[Tensor, float, ChunkContext], tuple[Tensor, ...]] | None = (
         None  # instead of the transformer's own
     )
 
 
-def denoise_chunk(transformer: Transformer, scheduler: SchedulerConfig, noise_factor: Tensor, job: ChunkJob) -> Tensor:
-    """Clean latents [B, C, 9, H, W] of the chunk at full resolution."""
+class ChunkWork:
+    """A chunk's denoising, which may rest between any two steps."""
+
+    def __init__(
+        self, transformer: Transformer, scheduler: SchedulerConfig, noise_factor: Tensor, job: ChunkJob
+    ) -> None:
+        self.job = job
+        self._steps = _denoise(transformer, scheduler, noise_factor, job)
+        self._latents: Tensor | None = None
+
+    def step(self) -> bool:
+        """One step more; False when there was none left."""
+        if self._latents is None:
+            try:
+                next(self._steps)
+            except StopIteration as end:
+                self._latents = end.value
+        return self._latents is None
+
+    def finish(self) -> Tensor:
+        """All steps that are left; clean latents [B, C, 9, H, W] at full resolution, float32."""
+        while self.step():
+            pass
+        return self._latents
+
+
+def _denoise(
+    transformer: Transformer, scheduler: SchedulerConfig, noise_factor: Tensor, job: ChunkJob
+) -> Generator[None, None, Tensor]:
+    """Yields after every step where the job may rest, outside of all ranges: they must not span what happens meanwhile."""
     plan = job.plan
     dtype, device = transformer.project_out.weight.dtype, transformer.project_out.weight.device
-    latents = pyramid.shrink_noise(_initial_noise(transformer, job).to(device), plan.recipe.num_stages)
+    latents = pyramid.shrink_noise(to_device(_initial_noise(transformer, job), device), plan.recipe.num_stages)
     for stage, schedule in enumerate(plan.chunk_schedules(job.index)):
-        with span("stage"):
+        with contextlib.ExitStack() as ranges:
+            ranges.enter_context(span(f"stage {stage}"))
             if stage:
                 alpha, beta = pyramid.renoise_weights(schedule.ori_start_sigma, scheduler.gamma)
                 draws = _block_draws(latents, job)
@@ -61,8 +93,11 @@ def denoise_chunk(transformer: Transformer, scheduler: SchedulerConfig, noise_fa
                 with span("step"):
                     velocity = _velocity(transformer, job, latents, stage, step, timestep, reuse)
                     latents = solver.step(latents, velocity, step)
-                if job.on_step is not None:
-                    job.on_step(stage, step, latents)
+                job.on_step(stage, step, latents)
+                if job.may_rest:
+                    ranges.close()
+                    yield
+                    ranges.enter_context(span(f"stage {stage}"))
     return latents.float()
 
 
@@ -76,7 +111,7 @@ def _initial_noise(transformer: Transformer, job: ChunkJob) -> Tensor:
 def _block_draws(latents_BCTHW: Tensor, job: ChunkJob) -> Tensor:
     """Normal draws [B * C * T * H * W, 4], a block each, every video's from its own source."""
     num_blocks = latents_BCTHW[0].numel()
-    return torch.cat([source.normal(num_blocks, 4).to(latents_BCTHW.device) for source in job.noise])
+    return to_device(torch.cat([source.normal(num_blocks, 4) for source in job.noise]), latents_BCTHW.device)
 
 
 def _velocity(

@@ -45,13 +45,13 @@ def start_history(
         anchor, clip = _clip_latents(request, pixels, noise, codec, device)
         anchor = blend_with_noise(anchor, noise, sigmas["image"], per_frame=False)
         pieces = clip.split(LATENT_FRAMES_PER_CHUNK, dim=2)
-        history.append(torch.cat([blend_with_noise(p, noise, sigmas["video"], per_frame=True) for p in pieces], dim=2))
-        history.anchor_BC1HW = anchor
-    elif request.image is not None or request.image_latents is not None:
+        clip = torch.cat([blend_with_noise(p, noise, sigmas["video"], per_frame=True) for p in pieces], dim=2)
+        return history.after(clip, anchor)
+    if request.image is not None or request.image_latents is not None:
         anchor, still = _image_latents(request, pixels, noise, codec, device)
-        history.anchor_BC1HW = blend_with_noise(anchor, noise, sigmas["image"], per_frame=False)
+        anchor = blend_with_noise(anchor, noise, sigmas["image"], per_frame=False)
         still = blend_with_noise(still, noise, sigmas["video"], per_frame=False)
-        history.frames_BCTHW[:, :, -1:] = still
+        return history.after(still, anchor)
     return history
 
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import logging
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,35 +13,35 @@ from helios_engine.engine import conditioning
 from helios_engine.engine.autotune import settle_attention
 from helios_engine.engine.checkpoint import Checkpoint
 from helios_engine.engine.checks import (
-    check_same_latents,
     check_same_shape,
     check_state,
     checked_checkpoint,
     load_facts,
 )
-from helios_engine.engine.chunk import ChunkJob, StepCallback, denoise_chunk
-from helios_engine.engine.control import Cancelled, Control
+from helios_engine.engine.chunk import StepCallback
+from helios_engine.engine.control import Control
 from helios_engine.engine.devices import resolve_device, resolve_dtype
 from helios_engine.engine.frames import FrameCodec
 from helios_engine.engine.graphs import CudaRecorder, ForwardGraphs, why_not_graphs
-from helios_engine.engine.history import History, stacked_window
+from helios_engine.engine.history import History
+from helios_engine.engine.lane import make_lane, why_not_overlapped
+from helios_engine.engine.maker import ChunkMaker
 from helios_engine.engine.media import Clip
 from helios_engine.engine.memory import advise_memory
 from helios_engine.engine.offload import Turns, load_components
 from helios_engine.engine.plan import Plan, plan_for
-from helios_engine.engine.session import PromptEmbeddings, VideoSession, VideoStream
+from helios_engine.engine.session import Point, PromptEmbeddings, VideoSession, VideoStream
 from helios_engine.engine.state import SessionState
 from helios_engine.model.reuse import Approximations
 from helios_engine.model.text import TextEncoder
-from helios_engine.model.transformer import TextContext, Transformer
+from helios_engine.model.transformer import Transformer
 from helios_engine.model.vae import VideoAutoencoder
 from helios_engine.output import Video, collect
 from helios_engine.parallel.context import ContextParallel
-from helios_engine.request import ChunkTiming, VideoChunk, VideoRequest
+from helios_engine.request import VideoChunk, VideoRequest
 from helios_engine.sampling.noise import NoiseSource
-from helios_engine.sampling.pyramid import block_noise_factor
 from helios_engine.settings import EngineConfig, describe_approximations
-from helios_engine.trace import chunk_span, span
+from helios_engine.trace import span
 
 logger = logging.getLogger(__name__)
 
@@ -80,9 +77,23 @@ class Engine:
         if config.compile:
             transformer.compile_blocks()
         transformer.connect(attention, self.context, ring_method=config.ring_method, exchange=config.exchange)
-        self.graphs = self._make_graphs() if config.cuda_graphs else None
-        self._frames = FrameCodec(vae, self.context, shard=config.shard_vae, has_graphs=self.graphs is not None)
-        self._noise_factor = block_noise_factor(checkpoint.scheduler.gamma).to(self.device)
+        graphs = self._make_graphs()
+        overlaps = config.overlap_decode and self._can_overlap()
+        shares_pool = graphs is None and not overlaps
+        self._frames = FrameCodec(vae, self.context, shard=config.shard_vae, shares_pool=shares_pool)
+        self.maker = ChunkMaker(
+            checkpoint,
+            transformer,
+            self._frames,
+            device=self.device,
+            config=config,
+            context=self.context,
+            lane=make_lane(self.device, overlaps=overlaps),
+            overlaps=overlaps,
+            graphs=graphs,
+            approximations=self.approximations,
+            bring=self._bring,
+        )
 
     @classmethod
     def load(
@@ -133,8 +144,8 @@ class Engine:
         self.transformer.close()
         if self.text_encoder is not None:
             self.text_encoder.close()
-        if self.graphs is not None:
-            self.graphs.forget()
+        if self.maker.graphs is not None:
+            self.maker.graphs.forget()
 
     def plan(self, request: VideoRequest) -> Plan:
         """What a request would compute; raises ValueError where this checkpoint cannot serve it."""
@@ -196,10 +207,8 @@ class Engine:
             request,
             plan,
             prompt,
-            history=history,
-            noise=noise,
+            point=Point(state.index, history, noise),
             settings=state.request,
-            index=state.index,
             on_step=on_step,
         )
 
@@ -266,37 +275,7 @@ class Engine:
 
         All sessions must have equal plans and stand at the same chunk.
         """
-        index = sessions[0].index
-        drawn = [session.noise.state() for session in sessions]
-        try:
-            with (
-                chunk_span(index),
-                self.context.guard(expected=(Cancelled,)),
-                sessions[0].control.computing(),
-                advise_memory(self.checkpoint, self.config, sessions[0].plan),
-            ):
-                self._bring("transformer")
-                start = self._clock()
-                job = self._job(sessions)
-                latents = denoise_chunk(self.transformer, self.checkpoint.scheduler, self._noise_factor, job)
-                denoised = self._clock()
-                self.transformer.rest()
-                self._bring("vae")
-                own = [part.clone() if len(sessions) > 1 else part for part in latents.split(1)]
-                frames = [self._decode(s, part, index) for s, part in zip(sessions, own, strict=True)]
-                end = self._clock()
-        except BaseException as error:
-            # A chunk that was not finished was not begun: its random numbers go back, so it can be made again.
-            for session, state in zip(sessions, drawn, strict=True):
-                session.noise.restore(state)
-            self.transformer.rest()
-            if isinstance(error, Cancelled):
-                return []
-            raise
-        for session, part in zip(sessions, own, strict=True):
-            session.accept(part)
-        timing = ChunkTiming(denoised - start, end - denoised)
-        return [VideoChunk(index, *pair, timing) for pair in zip(frames, own, strict=True)]
+        return self.maker.advance(sessions)
 
     def describe(self, plan: Plan) -> dict[str, object]:
         """Facts worth keeping beside a video: model, recipe, versions."""
@@ -332,38 +311,12 @@ class Engine:
             history = conditioning.start_history(
                 request, pixels, noise, self._frames, channels=self.checkpoint.model.in_channels, device=self.device
             )
-        return self._session(request, plan, prompt, history=history, noise=noise, on_step=on_step)
-
-    def _decode(self, session: VideoSession, latents: Tensor, index: int) -> np.ndarray | Tensor | None:
-        """A chunk's frames on rank 0, None elsewhere."""
-        return self._frames.decode(latents, session.request.frames, session.plan.frames_in_chunk(index))
+        return self._session(request, plan, prompt, point=Point(0, history, noise), on_step=on_step)
 
     def _agreed(self, request: VideoRequest) -> tuple[Plan, Tensor | Clip | None]:
         """The plan and the pixels read, when every rank was given the same request and can serve it."""
         return self.context.agreed(
             lambda: (self.plan(request), conditioning.load_pixels(request)), lambda _: request.facts()
-        )
-
-    def _job(self, sessions: Sequence[VideoSession]) -> ChunkJob:
-        first = sessions[0]
-        texts = first.texts
-        if len(sessions) > 1:
-            texts = tuple(TextContext.stack(list(branch)) for branch in zip(*(s.texts for s in sessions), strict=True))
-        initial = [session.initial_noise() for session in sessions]
-        on_step = first.on_step
-        if self.config.check_ranks and self.context.size > 1:
-            check = functools.partial(check_same_latents, self.context)
-            on_step = check if on_step is None else _both(check, on_step)
-        return ChunkJob(
-            plan=first.plan,
-            index=first.index,
-            context=self.transformer.prepare(stacked_window([s.history for s in sessions]), texts),
-            noise=tuple(session.noise for session in sessions),
-            initial_BCTHW=None if initial[0] is None else torch.cat(initial),
-            on_step=on_step,
-            control=first.control,
-            approximations=self.approximations,
-            forward=self.graphs,
         )
 
     def _session(
@@ -372,10 +325,8 @@ class Engine:
         plan: Plan,
         prompt: PromptEmbeddings,
         *,
-        history: History,
-        noise: NoiseSource,
+        point: Point,
         settings: dict[str, object] | None = None,
-        index: int = 0,
         on_step: StepCallback | None,
     ) -> VideoSession:
         self._bring("transformer")
@@ -390,11 +341,9 @@ class Engine:
             plan,
             prompt=prompt,
             texts=texts,
-            history=history,
-            noise=noise,
+            point=point,
             control=Control(self.context),
             settings=settings,
-            index=index,
             on_step=on_step,
         )
 
@@ -420,25 +369,31 @@ class Engine:
     def _make_graphs(self) -> ForwardGraphs | None:
         reason = why_not_graphs(
             self.device,
-            num_ranks=self.context.size,
+            exchanges=self.context.exchanges,
+            wanted=self.config.cuda_graphs,
             offload=self.config.offload,
             approximates=self.approximations.any,
             compiles=self.config.compile,
         )
         if reason is not None:
-            logger.warning("forwards are not recorded as CUDA graphs: %s", reason)
+            if self.config.cuda_graphs:
+                logger.warning("forwards are not recorded as CUDA graphs: %s", reason)
             return None
         return ForwardGraphs(self.transformer, CudaRecorder(self.device))
+
+    def _can_overlap(self) -> bool:
+        config = self.config
+        reason = why_not_overlapped(
+            self.device, num_ranks=self.context.size, offload=config.offload, vae_dtype=config.vae_dtype
+        )
+        if reason is not None:
+            logger.warning("chunks are decoded between the others' denoising, not beside it: %s", reason)
+        return reason is None
 
     def _bring(self, component: str) -> None:
         """Have a component's weights on the device, where components take turns."""
         if self._turns is not None:
             self._turns.use(component)
-
-    def _clock(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
 
 
 def _both(first: StepCallback, second: StepCallback) -> StepCallback:

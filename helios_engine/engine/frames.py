@@ -28,13 +28,18 @@ class FrameCodec:
     """Decodes chunks and encodes pictures, on all ranks together where that pays, and keeps nothing between calls."""
 
     def __init__(
-        self, vae: VideoAutoencoder, context: ContextParallel, *, shard: bool, has_graphs: bool = False
+        self, vae: VideoAutoencoder, context: ContextParallel, *, shard: bool, shares_pool: bool = True
     ) -> None:
+        """shares_pool says that what torch's allocator holds ready is the decoder's too; not with graphs or a stream of
+        its own."""
         self._vae, self._context, self._shard = vae, context, shard
-        self._has_graphs = has_graphs
+        self._shares_pool = shares_pool
 
-    def decode(self, latents: Tensor, kind: str, num_frames: int) -> np.ndarray | Tensor | None:
-        """The first num_frames frames of a chunk, of the kind VideoRequest.frames names, on rank 0; None elsewhere."""
+    def decode(self, latents: Tensor, kind: str, num_frames: int) -> Tensor | None:
+        """The first num_frames frames of a chunk, of the kind VideoRequest.frames names, on rank 0; None elsewhere.
+
+        Those of a host kind are there when the device has done what is enqueued.
+        """
         slab = self._slab(latents.size(-2))
         if slab is None and not self._context.is_first:
             return None
@@ -52,7 +57,7 @@ class FrameCodec:
             frames = frames.permute(1, 2, 3, 0).contiguous()
             if slab is not None:
                 frames = slab.collect_frames(frames)
-            return frames if frames is None or kind == "device" else _to_host(frames)
+            return frames if frames is None or kind == "device" else _on_its_way(frames)
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the latents [1, C, T, h, w], not normalised, on every rank."""
@@ -77,16 +82,19 @@ class FrameCodec:
         return split if device.type == "cpu" else min(n for (n,) in self._context.gather_numbers([split]))
 
     def _frames_per_call(self, device: torch.device, latent_size: tuple[int, int]) -> int:
-        return frames_per_call_for(device, self._vae, latent_size, counts_idle=not self._has_graphs)
+        return frames_per_call_for(device, self._vae, latent_size, counts_idle=self._shares_pool)
 
 
-def _to_host(frames: Tensor) -> np.ndarray:
+def _on_its_way(frames: Tensor) -> Tensor:
+    """Frames on the host, once the device has copied them."""
     if frames.device.type == "cpu":
-        return frames.numpy()
-    host = torch.empty(frames.shape, dtype=frames.dtype, pin_memory=True)
-    host.copy_(frames, non_blocking=True)
-    torch.cuda.current_stream(frames.device).synchronize()
-    return host.numpy()
+        return frames
+    return torch.empty(frames.shape, dtype=frames.dtype, pin_memory=True).copy_(frames, non_blocking=True)
+
+
+def handed_over(frames: Tensor | None, kind: str) -> np.ndarray | Tensor | None:
+    """Decoded frames as a caller gets them."""
+    return frames if frames is None or kind == "device" else frames.numpy()
 
 
 def decode_bytes(vae: VideoAutoencoder, latent_size: tuple[int, int], num_latent_frames: int) -> int:
@@ -102,7 +110,7 @@ def frames_per_call_for(
 ) -> int:
     """How many latent frames after the first to decode at once: on a GPU as many as fit its free memory.
 
-    counts_idle takes what torch's allocator holds ready for free too; recorded graphs keep theirs to themselves.
+    counts_idle takes what torch's allocator holds ready for free too.
     """
     if device.type == "cpu":
         return _CPU_FRAMES_PER_CALL

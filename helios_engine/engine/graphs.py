@@ -3,6 +3,9 @@
 What changes from call to call lives in buffers of fixed address and is copied in before a replay: the latents and the
 timestep's rows at every step, history and prompt when they are other ones than last time. The solver's step stays outside, a
 single launch whose coefficients are the host's, so callbacks, cancelling and checksums between steps work as ever.
+
+A recording is made on buffers of zeros and its first replay, on the step at hand, is held against a plain forward. Where it
+cannot be made, or has other numbers, everything goes on without recordings, and that is said.
 """
 
 from __future__ import annotations
@@ -21,10 +24,14 @@ from helios_engine.model.transformer import ChunkContext, StepRows, TextContext,
 logger = logging.getLogger(__name__)
 _WARM_UPS = 2  # libraries choose algorithms and allocate workspaces in their first calls
 _GRAPHS_KEPT = 8
+_TOLERANCE = 0.01  # relative; libraries may round otherwise while they are recorded, a buffer not filled is far off
 
 
 class Recorder(Protocol):
     """Records work on fixed buffers and replays it."""
+
+    def warm_up(self, work: Callable[[], tuple[Tensor, ...]]) -> None:
+        """Do the work for real, so that what happens in first calls alone is over."""
 
     def record(self, work: Callable[[], tuple[Tensor, ...]]) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
         """(replay, the outputs every replay overwrites)."""
@@ -38,13 +45,16 @@ class CudaRecorder:
         with torch.cuda.device(device):
             self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
 
-    def record(self, work: Callable[[], tuple[Tensor, ...]]) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
+    def warm_up(self, work: Callable[[], tuple[Tensor, ...]]) -> None:
         with torch.cuda.device(self._device):  # the one that captures, whichever the caller's is
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
                 for _ in range(_WARM_UPS):
                     work()
             torch.cuda.current_stream().wait_stream(self._stream)
+
+    def record(self, work: Callable[[], tuple[Tensor, ...]]) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
+        with torch.cuda.device(self._device):
             graph = torch.cuda.CUDAGraph()
             # Other threads (a copier, the watch) may talk to the device meanwhile.
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
@@ -64,24 +74,59 @@ class _Recording:
     holds: weakref.ref[ChunkContext] | None = None
 
 
+class _NotRecorded(Exception):
+    """On no rank: all of them know, and go on without."""
+
+
 class ForwardGraphs:
-    """Transformer.forward for latents and contexts of shapes that come again and again; the same numbers."""
+    """Transformer.forward for latents and contexts of shapes that come again and again; the same numbers.
+
+    Where several ranks exchange inside a forward, their exchanges are recorded with it, and all ranks replay or none.
+    """
 
     def __init__(self, transformer: Transformer, recorder: Recorder) -> None:
         self._transformer, self._recorder = transformer, recorder
         self._recordings: dict[tuple[object, ...], _Recording] = {}
         # Keys and values of the prompts, one copy for all stages; they change least often and are the largest.
         self._texts: dict[tuple[object, ...], _Texts] = {}
+        self.why_given_up: str | None = None
 
     def __call__(self, latents: Tensor, timestep: float, context: ChunkContext) -> tuple[Tensor, ...]:
         """One velocity per prompt. They are overwritten by the next call of the same shape."""
         rows = self._transformer.step_rows(timestep)
+        if self.why_given_up is not None:
+            return self._transformer.run(latents, rows, context)
         key = (latents.shape, latents.dtype, *_shapes(context))
         if key not in self._recordings:
-            if len(self._recordings) == _GRAPHS_KEPT:
-                self._recordings.pop(next(iter(self._recordings)))
-            self._recordings[key] = self._record(latents, rows, context)
-        found = self._recordings[key]
+            return self._first(key, latents, rows, context)
+        return self._replay(self._recordings[key], latents, rows, context)
+
+    def _first(
+        self, key: tuple[object, ...], latents: Tensor, rows: StepRows, context: ChunkContext
+    ) -> tuple[Tensor, ...]:
+        """Record a shape, and trust the recording if its replay has a plain forward's numbers."""
+        if len(self._recordings) == _GRAPHS_KEPT:
+            self._recordings.pop(next(iter(self._recordings)))
+        expected = self._transformer.run(latents, rows, context)
+        try:
+            found = self._record(latents, rows, context)
+            outputs = self._replay(found, latents, rows, context)
+            error = max(_relative_error(*pair) for pair in zip(outputs, expected, strict=True))
+            self._check(error <= _TOLERANCE, f"a replay is {error:.2g} off a plain forward")  # NaN is no success either
+        except _NotRecorded as reason:
+            self.why_given_up = str(reason)
+            self.forget()
+            logger.warning("forwards are not recorded as CUDA graphs: %s; the numbers stay the same", reason)
+            return expected
+        self._recordings[key] = found
+        return outputs
+
+    def _check(self, works: bool, problem: str) -> None:
+        """Raise _NotRecorded on every rank when it does not work on one."""
+        if not self._transformer.parallel.all_agree(works):
+            raise _NotRecorded("it does not work on another rank" if works else problem)
+
+    def _replay(self, found: _Recording, latents: Tensor, rows: StepRows, context: ChunkContext) -> tuple[Tensor, ...]:
         _fill(found, latents, rows, context)
         self._fixed_texts(context).fill(context.texts)
         found.replay()
@@ -93,12 +138,23 @@ class ForwardGraphs:
         self._texts.clear()
 
     def _record(self, latents: Tensor, rows: StepRows, context: ChunkContext) -> _Recording:
-        texts = self._fixed_texts(context).fixed
-        step_rows = StepRows(rows.blocks.clone(), rows.output.clone())
-        fixed = _Recording(latents.clone(), step_rows, _copy(context, texts), lambda: None, ())
-        fixed.replay, fixed.outputs = self._recorder.record(
-            lambda: self._transformer.run(fixed.latents, fixed.rows, fixed.context)
-        )
+        problem, is_warm = "", False
+        try:
+            step_rows = StepRows(torch.zeros_like(rows.blocks), torch.zeros_like(rows.output))
+            blank = _blank(context, self._fixed_texts(context).fixed)
+            fixed = _Recording(torch.zeros_like(latents), step_rows, blank, lambda: None, ())
+
+            def work() -> tuple[Tensor, ...]:
+                return self._transformer.run(fixed.latents, fixed.rows, fixed.context)
+
+            self._recorder.warm_up(work)
+            is_warm = True
+            fixed.replay, fixed.outputs = self._recorder.record(work)
+        except RuntimeError as error:  # torch's own, out of memory among them
+            if self._transformer.parallel.size > 1 and not is_warm:
+                raise  # the others wait for this rank in an exchange
+            problem = f"it fails ({' '.join(str(error).split())[:200]})"
+        self._check(not problem, problem)
         return fixed
 
     def _fixed_texts(self, context: ChunkContext) -> _Texts:
@@ -112,7 +168,7 @@ class _Texts:
     """Prompts of one shape in buffers of fixed address."""
 
     def __init__(self, texts: tuple[TextContext, ...]) -> None:
-        self.fixed = tuple(TextContext(tuple(layer.clone() for layer in text.keys_values)) for text in texts)
+        self.fixed = tuple(TextContext(tuple(map(torch.zeros_like, text.keys_values))) for text in texts)
         self._holds: tuple[weakref.ref[Tensor], ...] = ()
 
     def fill(self, texts: tuple[TextContext, ...]) -> None:
@@ -148,19 +204,33 @@ def _shapes(context: ChunkContext) -> tuple[object, ...]:
     return (context.total_history, present, shapes, tuple(text.keys_values[0].shape for text in context.texts))
 
 
-def _copy(context: ChunkContext, texts: tuple[TextContext, ...]) -> ChunkContext:
+def _blank(context: ChunkContext, texts: tuple[TextContext, ...]) -> ChunkContext:
     parts = (context.history_BlD, context.history_rotation, context.first_qkv)
-    return ChunkContext(context.total_history, *(None if part is None else part.clone() for part in parts), texts)
+    return ChunkContext(
+        context.total_history, *(None if part is None else torch.zeros_like(part) for part in parts), texts
+    )
+
+
+def _relative_error(actual: Tensor, expected: Tensor) -> float:
+    difference = (actual.float() - expected.float()).norm()
+    return (difference / expected.float().norm().clamp_min(1e-12)).item()
 
 
 def why_not_graphs(
-    device: torch.device, *, num_ranks: int, offload: str, approximates: bool, compiles: bool
+    device: torch.device, *, exchanges: str, wanted: bool | None, offload: str, approximates: bool, compiles: bool
 ) -> str | None:
-    """Why forwards cannot be recorded with these settings, or None."""
+    """Why forwards are not recorded with these settings, or None.
+
+    exchanges is what ranks talk through inside a forward, "" where there is one rank; wanted what the user asked for.
+    """
+    if wanted is False:
+        return "they are switched off"
     if device.type != "cuda":
         return f"only CUDA devices record graphs, this is {device}"
-    if num_ranks > 1:
-        return "exchanges between ranks are not recorded yet"
+    if exchanges not in ("", "nccl"):
+        return f"exchanges through {exchanges} pass through the host"
+    if exchanges and not wanted:
+        return "with exchanges between ranks they are recorded only when that is asked for"
     if offload != "none":
         return f"with offload {offload} weights change their place"
     if approximates:

@@ -14,7 +14,7 @@ from helios_engine.config import HISTORY_SIZES, NUM_HISTORY_FRAMES
 from helios_engine.model.embed import HistoryWindow
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class History:
     """frames_BCTHW holds exactly 19 frames, zeros before the video's start; anchor is None until the first chunk is done."""
 
@@ -25,10 +25,11 @@ class History:
     def empty(cls, channels: int, height: int, width: int, device: torch.device) -> History:
         return cls(torch.zeros(1, channels, NUM_HISTORY_FRAMES, height, width, device=device))
 
-    def append(self, latents_BCTHW: Tensor) -> None:
-        """Remember newer frames and forget as many old ones; float32."""
+    def after(self, latents_BCTHW: Tensor, anchor_BC1HW: Tensor | None = None) -> History:
+        """With newer frames and without as many old ones, float32; with another anchor where one is given."""
         frames = torch.cat([self.frames_BCTHW, latents_BCTHW.float()], dim=2)
-        self.frames_BCTHW = frames[:, :, -NUM_HISTORY_FRAMES:].contiguous()
+        anchor = self.anchor_BC1HW if anchor_BC1HW is None else anchor_BC1HW
+        return History(frames[:, :, -NUM_HISTORY_FRAMES:].contiguous(), anchor)
 
     def window(self) -> HistoryWindow:
         """The three groups the transformer reads: 16 oldest frames, 2 next, and the anchor with the newest."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,7 +13,9 @@ import torch
 from helios_engine.engine.checkpoint import Checkpoint
 from helios_engine.engine.devices import resolve_device, resolve_dtype
 from helios_engine.engine.frames import decode_bytes, frames_per_call_for
+from helios_engine.engine.graphs import why_not_graphs
 from helios_engine.engine.plan import Plan
+from helios_engine.model.reuse import Approximations
 from helios_engine.model.text import TextEncoder
 from helios_engine.model.transformer import Transformer
 from helios_engine.model.vae import VideoAutoencoder
@@ -24,6 +27,9 @@ _LIVE_WIDTHS = 19
 # The largest video the checkpoints are made for, where no request is known yet.
 _USUAL_TOKENS = 11040
 _USUAL_TEXT_TOKENS = 512
+
+
+_NOTHING_HELPS = "the device's memory does not suffice for this size even with --offload group; make the video smaller"
 
 
 class OutOfMemory(RuntimeError):
@@ -42,6 +48,7 @@ class MemoryEstimate:
     text_keys_values: int
     denoise_activations: int
     decode_activations: int
+    keeps_apart: bool = False  # the decoder cannot have denoising's memory: both run at once, or recordings hold it
 
     @property
     def peak(self) -> int:
@@ -49,7 +56,8 @@ class MemoryEstimate:
         denoising = self.transformer_slots + self.denoise_activations
         if self.offload == "none":
             resident = self.transformer + self.text_encoder + self.vae + self.text_keys_values
-            return resident + max(denoising, self.decode_activations)
+            work = (denoising, self.decode_activations)
+            return resident + (sum(work) if self.keeps_apart else max(work))
         if self.offload == "group":
             resident = self.transformer + self.vae + self.text_keys_values
             return resident + max(self.text_encoder, denoising, self.decode_activations)
@@ -65,6 +73,7 @@ def estimate_memory(checkpoint: Checkpoint, plan: Plan, config: EngineConfig, te
         vae = VideoAutoencoder(checkpoint.vae).to(getattr(torch, config.vae_dtype))
     num_slots = 1 + config.offload_ahead
     is_group = config.offload == "group"
+    keeps_text = not is_group or has_room_for_text(checkpoint, config, resolve_device(config.device))
     text_encoder = 0
     if checkpoint.has_text_encoder:
         encoder = TextEncoder.on_meta(checkpoint.folder / "text_encoder").to(dtype)
@@ -82,17 +91,21 @@ def estimate_memory(checkpoint: Checkpoint, plan: Plan, config: EngineConfig, te
         weights -= products * (dtype.itemsize - 1)
     kept = branches * model.num_layers * plan.history_tokens * 2 * model.dim * dtype.itemsize if refresh > 1 else 0
     text_keys_values = branches * model.num_layers * text_tokens * 2 * model.dim * dtype.itemsize
-    if is_group and not has_room_for_text(checkpoint, config, resolve_device(config.device)):
+    records = _records(config)
+    if records:
+        text_keys_values *= 2  # recordings read a copy of their own
+    if not keeps_text:
         text_keys_values = branches * text_tokens * model.dim * dtype.itemsize
     return MemoryEstimate(
         offload=config.offload,
         transformer=weights - model.num_layers * block if is_group else weights,
-        transformer_slots=min(num_slots, model.num_layers) * block if is_group else 0,
+        transformer_slots=_slot_bytes(transformer, config, keeps_text=keeps_text) if is_group else 0,
         text_encoder=text_encoder,
         vae=_module_bytes(vae),
         text_keys_values=text_keys_values,
         denoise_activations=tokens * widths * dtype.itemsize + kept,
         decode_activations=decode_bytes(vae, plan.latent_size, split),
+        keeps_apart=config.overlap_decode or records,
     )
 
 
@@ -104,11 +117,40 @@ def has_room_for_text(checkpoint: Checkpoint, config: EngineConfig, device: torc
     with torch.device("meta"):
         transformer = Transformer(model, resolve_dtype(config))
         vae = VideoAutoencoder(checkpoint.vae).to(getattr(torch, config.vae_dtype))
-    streamed = (model.num_layers - 1 - config.offload_ahead) * _module_bytes(transformer.blocks[0])
+    blocks = model.num_layers * _module_bytes(transformer.blocks[0])
     text = 2 * model.num_layers * _USUAL_TEXT_TOKENS * 2 * model.dim * size
     working = _USUAL_TOKENS * (_LIVE_WIDTHS + 1) * model.dim * size
-    needed = _module_bytes(transformer) - max(0, streamed) + _module_bytes(vae) + text + working
+    slots = _slot_bytes(transformer, config, keeps_text=True)
+    needed = _module_bytes(transformer) - blocks + slots + _module_bytes(vae) + text + working
     return needed < 0.9 * torch.cuda.get_device_properties(device).total_memory
+
+
+def _records(config: EngineConfig) -> bool:
+    """Whether one rank records its forwards."""
+    refresh, block_cache, _ = config.approximations
+    reason = why_not_graphs(
+        resolve_device(config.device),
+        exchanges="",
+        wanted=config.cuda_graphs,
+        offload=config.offload,
+        approximates=Approximations(refresh, block_cache).any,
+        compiles=config.compile,
+    )
+    return reason is None
+
+
+def _slot_bytes(transformer: Transformer, config: EngineConfig, *, keeps_text: bool) -> int:
+    """Device memory of the slots that blocks, or their parts, take turns in."""
+    block = transformer.blocks[0]
+    sizes = dict(block.named_parameters())
+    parts = [
+        sum(sizes[name].nbytes for name in names)
+        for part, names in block.parts().items()
+        if not (keeps_text and part == "cross_kv")
+    ]
+    is_leaf = config.offload_level == "leaf"
+    visits = len(transformer.blocks) * (len(parts) if is_leaf else 1)
+    return min(1 + config.offload_ahead, visits) * (max(parts) if is_leaf else sum(parts))
 
 
 @contextlib.contextmanager
@@ -122,24 +164,43 @@ def advise_memory(checkpoint: Checkpoint, config: EngineConfig, plan: Plan | Non
 
 
 def _advice(checkpoint: Checkpoint, config: EngineConfig, plan: Plan | None) -> str:
-    """Which setting needs less, with what it would need where a plan is known."""
+    """Which setting needs less, the mildest one that fits the device, with what it would need where a plan is known."""
+    changes: list[dict[str, object]] = [{"offload": "group"}, {"offload": "group", "vae_dtype": "bfloat16"}]
+    if config.offload == "group":
+        changes = changes[1:]
+    if plan is None:
+        flags = next((_flags(c) for c in changes if dataclasses.replace(config, **c) != config), None)
+        return f"the device's memory does not suffice; {flags} needs far less" if flags else _NOTHING_HELPS
     changes = [
-        {"offload": "group"},
-        {"offload": "group", "vae_dtype": "bfloat16"},
-    ]
-    for change in changes:
-        other = dataclasses.replace(config, **change)
-        if other == config or (config.offload == "group" and "vae_dtype" not in change):
-            continue
-        flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in change.items())
-        if plan is None:
-            return f"the device's memory does not suffice; {flags} needs far less"
-        own, less = (
-            estimate_memory(checkpoint, plan, choice, _USUAL_TEXT_TOKENS).peak / 1e9 for choice in (config, other)
-        )
-        if less < own:
-            return f"the device's memory does not suffice for about {own:.1f} GB; {flags} needs about {less:.1f} GB"
-    return "the device's memory does not suffice for this size even with --offload group; make the video smaller"
+        {"overlap_decode": False},
+        {"cuda_graphs": False},
+        *changes,
+    ]  # cheap, but no help while weights are loaded
+
+    def needs(settings: EngineConfig) -> float:
+        return estimate_memory(checkpoint, plan, settings, _USUAL_TEXT_TOKENS).peak / 1e9
+
+    own = needs(config)
+    found = [(needs(dataclasses.replace(config, **change)), _flags(change)) for change in changes]
+    found = [(less, flags) for less, flags in found if less < own]
+    if not found:
+        return _NOTHING_HELPS
+    less, flags = next((pair for pair in found if pair[0] < _device_gb(config)), min(found))
+    return f"the device's memory does not suffice for about {own:.1f} GB; {flags} needs about {less:.1f} GB"
+
+
+def _device_gb(config: EngineConfig) -> float:
+    device = resolve_device(config.device)
+    return torch.cuda.get_device_properties(device).total_memory / 1e9 if device.type == "cuda" else math.inf
+
+
+def _flags(change: dict[str, object]) -> str:
+    return " ".join(_flag(*setting) for setting in change.items())
+
+
+def _flag(name: str, value: object) -> str:
+    option = name.replace("_", "-")
+    return f"--no-{option}" if value is False else f"--{option} {value}"
 
 
 def _module_bytes(module: torch.nn.Module) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from torch import nn
 from helios_engine.engine.checkpoint import Checkpoint
 from helios_engine.engine.copier import make_copier
 from helios_engine.engine.memory import has_room_for_text
-from helios_engine.model.offload import LayerRing, layer_sources
+from helios_engine.model.offload import Share, WeightRing, layer_sources
 from helios_engine.model.text import TextEncoder
 from helios_engine.model.transformer import Transformer
 from helios_engine.model.vae import VideoAutoencoder
@@ -92,16 +93,34 @@ def _streamed_transformer(
     sources = layer_sources(folder, "blocks", len(transformer.blocks), wanted, transformer_name)
     _materialise(transformer, device, apart_from=transformer.blocks)
     load_slots(folder, transformer.checkpoint_slots(), rename=transformer_name)
-    ring = LayerRing(
-        transformer.blocks,
-        slots_of=lambda block: block.checkpoint_slots(),
-        sources=lambda index: sources[index],
-        device=device,
-        copier=make_copier(device),
-        num_slots=num_slots,
-    )
-    transformer.offload(ring, keep_text=has_room_for_text(checkpoint, config, device))
+    shares = [
+        {part: Share(block, names, block.checkpoint_slots, found) for part, names in block.parts().items()}
+        for block, found in zip(transformer.blocks, sources, strict=True)
+    ]
+    copier = make_copier(device)
+    text_ring = None
+    if has_room_for_text(checkpoint, config, device):  # then no forward needs what makes its keys and values
+        text_ring = WeightRing(
+            [parts.pop("cross_kv") for parts in shares],
+            device=device,
+            copier=copier,
+            num_slots=num_slots,
+            first_slot=num_slots,
+        )
+    by_parts = config.offload_level == "leaf"
+    if by_parts:
+        visits = [share for parts in shares for share in parts.values()]
+    else:
+        visits = [_joined(list(parts.values())) for parts in shares]
+    ring = WeightRing(visits, device=device, copier=copier, num_slots=num_slots)
+    transformer.offload(ring, text_ring, by_parts=by_parts)
     return transformer
+
+
+def _joined(shares: list[Share]) -> Share:
+    """One share of all that several of one module hold."""
+    names = tuple(name for share in shares for name in share.names)
+    return dataclasses.replace(shares[0], names=names)
 
 
 def _in_turns(

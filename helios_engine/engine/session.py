@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from helios_engine.engine.chunk import StepCallback
+from helios_engine.engine.chunk import ChunkWork, StepCallback
 from helios_engine.engine.control import Control
 from helios_engine.engine.history import History
 from helios_engine.engine.plan import Plan
@@ -29,6 +29,24 @@ class PromptEmbeddings:
     negative: Tensor | None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Point:
+    """Where a video stands between two chunks. Chunks draw from a copy of the noise, so a point stays what it is."""
+
+    index: int  # of the chunk that comes next
+    history: History
+    noise: NoiseSource
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ahead:
+    """What was begun of the next chunk while the one before was decoded, or why it failed."""
+
+    points: tuple[Point, ...]  # where each of its videos stood
+    work: ChunkWork | None
+    error: Exception | None = None
+
+
 class VideoSession:
     """One video in the making: history, anchor, noise generator, prompt, chunk index.
 
@@ -43,24 +61,31 @@ class VideoSession:
         *,
         prompt: PromptEmbeddings,
         texts: tuple[TextContext, ...],
-        history: History,
-        noise: NoiseSource,
+        point: Point,
         control: Control,
         settings: dict[str, object] | None = None,
-        index: int = 0,
         on_step: StepCallback | None = None,
     ) -> None:
         self.request, self.plan = request.without_sources(), plan
         self.settings = request.settings() if settings is None else settings
         self.prompt, self.texts = prompt, texts
-        self.history, self.noise = history, noise
-        self.index = index
+        self.point = point
+        self.ahead: Ahead | None = None
         self.on_step = on_step
         self._engine: Engine | None = engine
         self._initial = to_cpu(request.latents)
         self.control = control
         if self.index == plan.num_chunks:
             control.complete()
+
+    @property
+    def index(self) -> int:
+        """The chunk that comes next, from 0."""
+        return self.point.index
+
+    @property
+    def history(self) -> History:
+        return self.point.history
 
     @property
     def is_finished(self) -> bool:
@@ -82,7 +107,7 @@ class VideoSession:
     def close(self) -> None:
         """End the video and let go of its memory. Closing twice is fine. On many ranks all of them call it."""
         self.control.close()
-        self._engine, self._initial = None, None
+        self._engine, self._initial, self.ahead = None, None, None
         self.texts = ()
 
     def state(self) -> SessionState:
@@ -94,7 +119,7 @@ class VideoSession:
             index=self.index,
             history=to_cpu(self.history.frames_BCTHW),
             anchor=to_cpu(self.history.anchor_BC1HW),
-            noise=self.noise.state(),
+            noise=self.point.noise.state(),
             positive=to_cpu(self.prompt.positive),
             negative=to_cpu(self.prompt.negative),
             initial=to_cpu(self._initial),
@@ -109,20 +134,23 @@ class VideoSession:
 
     # What follows is called by Engine.advance alone.
 
-    def initial_noise(self) -> Tensor | None:
-        """Given start noise of the current chunk [1, C, 9, h, w] float32, or None when it is to be drawn."""
+    def initial_noise(self, index: int) -> Tensor | None:
+        """Given start noise of a chunk [1, C, 9, h, w] float32, or None when it is to be drawn."""
         if self._initial is None:
             return None
         frames = self._initial.size(2) // self.plan.num_chunks
-        return self._initial[:, :, self.index * frames : (self.index + 1) * frames].float()
+        return self._initial[:, :, index * frames : (index + 1) * frames].float()
 
-    def accept(self, latents_BCTHW: Tensor) -> None:
-        """Take in a finished chunk's latents [1, C, 9, h, w] float32."""
+    def point_after(self, latents_BCTHW: Tensor, noise: NoiseSource) -> Point:
+        """Where the video stands after a chunk with these latents [1, C, 9, h, w] float32."""
         no_anchor = self.index == 0 and self.history.anchor_BC1HW is None
-        if no_anchor or (self.request.skip_first_chunk and self.index == 1):
-            self.history.anchor_BC1HW = latents_BCTHW[:, :, :1].clone()
-        self.history.append(latents_BCTHW)
-        self.index += 1
+        takes_anchor = no_anchor or (self.request.skip_first_chunk and self.index == 1)
+        anchor = latents_BCTHW[:, :, :1].clone() if takes_anchor else None
+        return Point(self.index + 1, self.history.after(latents_BCTHW, anchor), noise)
+
+    def move_to(self, point: Point) -> None:
+        """The chunk before this point is made."""
+        self.point = point
         if self.index == self.plan.num_chunks:
             self.control.complete()
 

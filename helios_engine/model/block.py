@@ -21,6 +21,18 @@ from helios_engine.ops.fp8 import Fp8Linear
 _MAX_HISTORY_SCALE = 10.0
 
 
+# What a block's weights can be divided into: a large layer each, with the small parameters used beside it.
+PARTS = {
+    "qkv": ("qkv", "norm_q", "norm_k", "history_key_scale"),
+    "out": ("out",),
+    "cross_kv": ("cross_kv", "cross_norm_k"),
+    "cross_q": ("cross_q", "cross_norm_q"),
+    "cross_out": ("cross_out",),
+    "ffn_up": ("ffn_up",),
+    "ffn_down": ("ffn_down",),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Modulation:
     """A block's AdaLN rows, float32 [2, D] each; weights are 1 + scale.
@@ -65,6 +77,16 @@ class Block(nn.Module):
         self.cross_out = nn.Linear(dim, dim, dtype=dtype)
         self.ffn_up = nn.Linear(dim, config.ffn_dim, dtype=dtype)
         self.ffn_down = nn.Linear(config.ffn_dim, dim, dtype=dtype)
+        self.fetch: Callable[[str], None] | None = None  # has a part's weights brought; see PARTS
+
+    def parts(self) -> dict[str, tuple[str, ...]]:
+        """The names of every part's parameters, parts in the order they are computed with."""
+        names = [name for name, _ in self.named_parameters()]
+        return {part: tuple(name for name in names if name.split(".")[0] in members) for part, members in PARTS.items()}
+
+    def _need(self, part: str) -> None:
+        if self.fetch is not None:
+            self.fetch(part)
 
     def history_scale(self) -> Tensor | None:
         """Factor of each head's history keys [H] float32, or None where the model has none."""
@@ -93,6 +115,7 @@ class Block(nn.Module):
         Queries of the rows before first_query are left unset. heads asks for the flat send buffer of a head exchange
         instead (ops.qk_rms_norm_rope_pack).
         """
+        self._need("qkv")
         if first_query:
             qkv = h_BLD.new_empty(*h_BLD.shape[:2], 3 * h_BLD.size(-1))
             dim = h_BLD.size(-1)
@@ -125,7 +148,10 @@ class Block(nn.Module):
         attend() gives the attended rows [B, l, H, K]; it may talk to other ranks. Without a text norm nothing is returned.
         """
         skipped = num_history if noisy_only else 0
-        update = self.out(attend().flatten(2))
+        attended = attend().flatten(2)
+        self._need("out")
+        update = self.out(attended)
+        del attended
         own, gate = x_BlD[:, skipped:], rows.attention_gate
         if rows.middle_weight is None:
             ops.gated_residual_(own, update, gate, num_history=num_history - skipped)
@@ -138,6 +164,7 @@ class Block(nn.Module):
 
     def text_keys_values(self, text_BTD: Tensor) -> Tensor:
         """Keys and values of the prompt, side by side [B, T, 2 D]; they depend on nothing else."""
+        self._need("cross_kv")
         kv = self.cross_kv(text_BTD)
         ops.rms_norm_(kv.chunk(2, dim=-1)[0], self.cross_norm_k, eps=self.eps)
         return kv
@@ -156,10 +183,14 @@ class Block(nn.Module):
 
         There is no mask: padding rows are attended to, as the model was trained.
         """
+        self._need("cross_q")
         q_BLD = self.cross_q(x_BLD if h_BLD is None else h_BLD)
         ops.rms_norm_(q_BLD, self.cross_norm_q, eps=self.eps)
         k, v = text_kv_BTD.unflatten(-1, (2, self.num_heads, self.head_dim)).unbind(2)
-        update = self.cross_out(attention(q_BLD.unflatten(-1, (self.num_heads, self.head_dim)), k, v).flatten(2))
+        attended = attention(q_BLD.unflatten(-1, (self.num_heads, self.head_dim)), k, v).flatten(2)
+        self._need("cross_out")
+        update = self.cross_out(attended)
+        del attended
         if h_BLD is None:
             ops.gated_residual_(x_BLD, update, None, num_history=0)
             return
@@ -181,10 +212,11 @@ class Block(nn.Module):
             h_BLD = ops.norm_scale_shift(
                 x_BLD, rows.feed_forward_weight, rows.feed_forward_bias, num_history=num_history, eps=self.eps
             )
-        update, gate = (
-            self.ffn_down(_with_gelu(self.ffn_up, h_BLD)),
-            rows.feed_forward_gate,
-        )
+        self._need("ffn_up")
+        hidden = _with_gelu(self.ffn_up, h_BLD)
+        self._need("ffn_down")
+        update, gate = self.ffn_down(hidden), rows.feed_forward_gate
+        del hidden  # by far the largest
         if following is None:
             ops.gated_residual_(x_BLD, update, gate, num_history=num_history)
             return None

@@ -1,12 +1,14 @@
-"""Layers that live in files and visit the device one after another.
+"""Weights that live in files and visit the device one after another, by blocks or by single layers.
 
-A ring of slots on the device, each as large as one layer. While one layer computes, the next ones are copied into the
-slots that are free. Weights come straight from memory-mapped safetensors files, so the host holds no copy of its own.
+A ring of slots on the device, each as large as the largest share. While one share is computed with, the next ones are
+copied into the slots that are free. Weights come straight from memory-mapped safetensors files, so the host holds no copy
+of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from helios_engine.model.weights import mapped_tensors
 
 _SMALL = 1 << 20  # bytes; tensors below it may be cast on their way
+_ALIGNMENT = 256
 Pairs = list[tuple[Tensor, Tensor]]  # (where to, what)
 
 
@@ -52,58 +55,63 @@ class PlainCopier:
         pass
 
 
-class LayerRing:
-    """Equal layers that share a few slots. Parameters of a layer that is not in use are on the meta device.
+@dataclass(frozen=True, slots=True, eq=False)
+class Share:
+    """Parameters of a module that come to the device together.
 
-    sources(i) names what each of layer i's tensors is filled from: checkpoint name below the layer -> tensor; slots_of
-    gives the same names for the layer's own tensors. num_slots is at least 2: one computes, the others are filled.
+    targets() gives the module's tensors by checkpoint name, as they lie when it is called; sources what each is filled from.
+    """
+
+    module: nn.Module
+    names: tuple[str, ...]
+    targets: Callable[[], Mapping[str, Tensor]]
+    sources: Mapping[str, Tensor]
+
+
+class WeightRing:
+    """Shares that take turns in a few slots of device memory, in the order they are used in.
+
+    Parameters of a share that is not in use are on the meta device. num_slots is at least 2: one is computed with, the
+    others are filled. first_slot keeps rings that have one copier apart.
     """
 
     def __init__(
-        self,
-        layers: Sequence[nn.Module],
-        *,
-        slots_of: Callable[[nn.Module], dict[str, Tensor]],
-        sources: Callable[[int], Mapping[str, Tensor]],
-        device: torch.device,
-        copier: Copier,
-        num_slots: int = 2,
+        self, shares: Sequence[Share], *, device: torch.device, copier: Copier, num_slots: int = 2, first_slot: int = 0
     ) -> None:
-        self._layers, self._slots_of, self._sources = list(layers), slots_of, sources
-        self._copier = copier
-        self._places = [_places(layer) for layer in self._layers]
-        shapes = {name: (p.shape, p.dtype) for name, p in self._layers[0].named_parameters()}
-        for index, layer in enumerate(self._layers):
-            if {name: (p.shape, p.dtype) for name, p in layer.named_parameters()} != shapes:
-                raise ValueError(f"layer {index} is shaped unlike layer 0, so they cannot take turns")
-        self._empty = dict(self._layers[0].named_parameters())
-        self._shapes, self._device = shapes, device
-        self._num_slots = min(num_slots, len(self._layers))
-        self._slots: list[dict[str, nn.Parameter]] = []
+        self._shares, self._device, self._copier = list(shares), device, copier
+        self._first_slot = first_slot
+        self._holders = [_holders(share) for share in self._shares]
+        self._empty = [{n: m._parameters[a] for n, (m, a) in holders.items()} for holders in self._holders]
+        self._slot_bytes = max(_packed_bytes(parameters.values()) for parameters in self._empty)
+        self._num_slots = min(num_slots, len(self._shares))
+        self._slots: list[Tensor] = []
         self._holds: list[int | None] = []
         self._current: int | None = None
 
     @property
     def num_bytes(self) -> int:
         """Device memory the slots take while the ring is in use."""
-        return self._num_slots * sum(shape.numel() * dtype.itemsize for shape, dtype in self._shapes.values())
+        return self._num_slots * self._slot_bytes
 
     def use(self, index: int) -> None:
-        """Make a layer's weights those that are computed with next; the layer used before gives its own up."""
+        """Make a share's weights those that are computed with next; the share used before gives its own up."""
         if index == self._current:
             return
         if not self._slots:
-            self._slots, self._holds = [self._make_slot() for _ in range(self._num_slots)], [None] * self._num_slots
+            self._slots = [
+                torch.empty(self._slot_bytes, dtype=torch.uint8, device=self._device) for _ in range(self._num_slots)
+            ]
+            self._holds = [None] * self._num_slots
             for slot in range(self._num_slots):  # the memory may be what work still under way has just let go of
-                self._copier.used(slot)
+                self._copier.used(self._first_slot + slot)
         self._leave()
         if index not in self._holds:
             self._begin(index, keep=())
         slot = self._holds.index(index)
-        self._copier.ready(slot)
-        self._bind(index, self._slots[slot])
+        self._copier.ready(self._first_slot + slot)
+        self._bind(index, self._laid_out(index, slot))
         self._current = index
-        count = len(self._layers)
+        count = len(self._shares)
         following = [(index + ahead) % count for ahead in range(1, len(self._slots))]
         for other in following:
             if other not in self._holds:
@@ -114,7 +122,7 @@ class LayerRing:
         self._leave()
         for slot, held in enumerate(self._holds):
             if held is not None:
-                self._copier.ready(slot)  # nothing may still be written there
+                self._copier.ready(self._first_slot + slot)  # nothing may still be written there
         self._slots, self._holds = [], []
 
     def close(self) -> None:
@@ -124,37 +132,50 @@ class LayerRing:
 
     def _leave(self) -> None:
         if self._current is not None:
-            self._copier.used(self._holds.index(self._current))
-            self._bind(self._current, self._empty)
+            self._copier.used(self._first_slot + self._holds.index(self._current))
+            self._bind(self._current, self._empty[self._current])
             self._current = None
-
-    def _make_slot(self) -> dict[str, nn.Parameter]:
-        return {
-            name: nn.Parameter(torch.empty(shape, dtype=dtype, device=self._device), requires_grad=False)
-            for name, (shape, dtype) in self._shapes.items()
-        }
 
     def _begin(self, index: int, keep: Sequence[int]) -> None:
         slot = next(slot for slot, held in enumerate(self._holds) if held is None or held not in keep)
-        self._bind(index, self._slots[slot])
-        targets, sources = self._slots_of(self._layers[index]), self._sources(index)
-        self._bind(index, self._empty)
+        share, memory = self._shares[index], self._slots[slot]
+        self._bind(index, self._laid_out(index, slot))
+        here = memory.untyped_storage().data_ptr()  # the module's other tensors may be there by other shares
+        pairs = [
+            (target, share.sources[name])
+            for name, target in share.targets().items()
+            if not target.is_meta and target.untyped_storage().data_ptr() == here
+        ]
+        self._bind(index, self._empty[index])
         self._holds[slot] = index
-        self._copier.load(slot, [(target, sources[name]) for name, target in targets.items()])
+        self._copier.load(self._first_slot + slot, pairs)
+
+    def _laid_out(self, index: int, slot: int) -> dict[str, nn.Parameter]:
+        """A share's parameters one behind the other in a slot."""
+        found, start = {}, 0
+        for name, empty in self._empty[index].items():
+            part = self._slots[slot][start : start + empty.nbytes].view(empty.dtype).view(empty.shape)
+            found[name] = nn.Parameter(part, requires_grad=False)
+            start += _packed_bytes([empty])
+        return found
 
     def _bind(self, index: int, parameters: Mapping[str, nn.Parameter]) -> None:
-        for name, (module, attribute) in self._places[index].items():
+        for name, (module, attribute) in self._holders[index].items():
             module._parameters[attribute] = parameters[name]
 
 
-def _places(layer: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+def _holders(share: Share) -> dict[str, tuple[nn.Module, str]]:
     """Parameter name -> (the module that holds it, the attribute)."""
-    return {
-        f"{prefix}.{attribute}" if prefix else attribute: (module, attribute)
-        for prefix, module in layer.named_modules()
-        for attribute in module._parameters
-        if module._parameters[attribute] is not None
-    }
+    found = {}
+    for name in share.names:
+        prefix, _, attribute = name.rpartition(".")
+        found[name] = (share.module.get_submodule(prefix), attribute)
+    return found
+
+
+def _packed_bytes(parameters: Iterable[Tensor]) -> int:
+    """Bytes of parameters one behind the other, each on a boundary that vector loads can use."""
+    return sum(-(-parameter.nbytes // _ALIGNMENT) * _ALIGNMENT for parameter in parameters)
 
 
 def layer_sources(

@@ -6,6 +6,7 @@ Source: Diffusers HeliosPipeline._get_t5_prompt_embeds.
 
 from __future__ import annotations
 
+import functools
 import html
 import re
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from helios_engine.config import read_json
-from helios_engine.model.offload import Copier, LayerRing, layer_sources
+from helios_engine.model.offload import Copier, Share, WeightRing, layer_sources
 from helios_engine.model.weights import check_slots, load_slots, mapped_tensors, shapes_on_disk, weight_files
 
 
@@ -35,7 +36,7 @@ class TextEncoder:
         self._tokenizer = tokenizer
         self.model = model
         self._device = device
-        self._ring: LayerRing | None = None
+        self._ring: WeightRing | None = None
 
     @classmethod
     def load(cls, checkpoint: Path, *, device: torch.device, dtype: torch.dtype) -> TextEncoder:
@@ -69,15 +70,13 @@ class TextEncoder:
         model.encoder.final_layer_norm.to_empty(device=device)
         layers = model.encoder.block
         wanted = dict(layers[0].named_parameters())
-        sources = layer_sources(folder, "encoder.block", len(layers), wanted, rename)
-        ring = LayerRing(
-            layers,
-            slots_of=lambda layer: {name: parameter.data for name, parameter in layer.named_parameters()},
-            sources=lambda index: sources[index],
-            device=device,
-            copier=copier,
-            num_slots=num_slots,
-        )
+        shares = [
+            Share(layer, tuple(wanted), targets=functools.partial(_own_tensors, layer), sources=found)
+            for layer, found in zip(
+                layers, layer_sources(folder, "encoder.block", len(layers), wanted, rename), strict=True
+            )
+        ]
+        ring = WeightRing(shares, device=device, copier=copier, num_slots=num_slots)
         for index, layer in enumerate(layers):
             layer.register_forward_pre_hook(lambda *_, index=index: ring.use(index))
         slots = {name: tensor for name, tensor in cls.slots(model).items() if not tensor.is_meta}
@@ -155,6 +154,10 @@ class TextEncoder:
             if self._ring is not None:
                 self._ring.rest()
         return hidden_BTE * mask.unsqueeze(-1)
+
+
+def _own_tensors(layer: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.data for name, parameter in layer.named_parameters()}
 
 
 class _HostEmbedding(nn.Module):

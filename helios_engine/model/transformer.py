@@ -7,6 +7,7 @@ Source: arXiv 2603.04379; Diffusers HeliosTransformer3DModel.
 from __future__ import annotations
 
 import functools
+from collections.abc import Generator
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from helios_engine.model import rope
 from helios_engine.model.block import Block, Modulation
 from helios_engine.model.cache import BoundedCache
 from helios_engine.model.embed import Embedder, HistoryWindow
-from helios_engine.model.offload import LayerRing
+from helios_engine.model.offload import WeightRing
 from helios_engine.model.reuse import Reuse
 from helios_engine.ops import native as ops
 from helios_engine.ops.attention import Attention
@@ -108,8 +109,9 @@ class Transformer(nn.Module):
         self._tables: BoundedCache[Tensor] = BoundedCache(_SHAPES_KEPT)
         self._layouts: BoundedCache[TokenLayout] = BoundedCache(_SHAPES_KEPT)
         self._history_rows: Tensor | None = None
-        self._ring: LayerRing | None = None
-        self._keeps_text = True
+        self._ring: WeightRing | None = None
+        self._text_ring: WeightRing | None = None
+        self._by_parts = False
 
     def connect(
         self, attention: Attention, parallel: ContextParallel, *, ring_method: str = "rotate", exchange: str = "packed"
@@ -120,9 +122,21 @@ class Transformer(nn.Module):
             parallel, attention, ring_method=ring_method, exchange=exchange
         )
 
-    def offload(self, ring: LayerRing, *, keep_text: bool) -> None:
-        """Let the blocks take turns on the device; keep_text says whether all layers' text keys and values stay there."""
-        self._ring, self._keeps_text = ring, keep_text
+    def offload(self, ring: WeightRing, text_ring: WeightRing | None, *, by_parts: bool) -> None:
+        """Let the blocks take turns on the device: a share of ring per block, or per part of a block where by_parts.
+
+        text_ring holds a share per block of what makes the text's keys and values, which are then made once per prompt
+        and kept; None leaves that part to ring and has every forward make them again.
+        """
+        self._ring, self._text_ring, self._by_parts = ring, text_ring, by_parts
+        if by_parts:
+            parts = [part for part in self.blocks[0].parts() if text_ring is None or part != "cross_kv"]
+            for index, block in enumerate(self.blocks):
+                block.fetch = functools.partial(self._fetch, index * len(parts), parts)
+
+    def _fetch(self, first: int, parts: list[str], part: str) -> None:
+        if part in parts:
+            self._ring.use(first + parts.index(part))
 
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Compile the parts of a block that talk to no other rank; once for each shape of each stage, then for all blocks."""
@@ -138,17 +152,19 @@ class Transformer(nn.Module):
 
     def rest(self) -> None:
         """Nothing is computed for a while: blocks that take turns give their memory back."""
-        if self._ring is not None:
-            self._ring.rest()
+        for ring in (self._ring, self._text_ring):
+            if ring is not None:
+                ring.rest()
 
     def close(self) -> None:
         """Let go of what streams the blocks; no forward may follow."""
-        if self._ring is not None:
-            self._ring.close()
+        for ring in (self._ring, self._text_ring):
+            if ring is not None:
+                ring.close()
 
     def block(self, index: int) -> Block:
-        """A block whose weights are there for what is computed next."""
-        if self._ring is not None:
+        """A block whose weights are there for what is computed next, or come part by part."""
+        if self._ring is not None and not self._by_parts:
             self._ring.use(index)
         return self.blocks[index]
 
@@ -159,9 +175,14 @@ class Transformer(nn.Module):
     def encode_text(self, embeds_BTE: Tensor) -> TextContext:
         """The prompt's keys and values in every layer; once per prompt."""
         text_BTD = self.embed.text(embeds_BTE)
-        if not self._keeps_text:
+        if self._ring is not None and self._text_ring is None:
             return TextContext(None, text_BTD)
-        return TextContext(tuple(self.block(i).text_keys_values(text_BTD) for i in range(len(self.blocks))))
+        layers = []
+        for index, block in enumerate(self.blocks):
+            if self._text_ring is not None:
+                self._text_ring.use(index)
+            layers.append(block.text_keys_values(text_BTD))
+        return TextContext(tuple(layers))
 
     def prepare(self, window: HistoryWindow, texts: tuple[TextContext, ...]) -> ChunkContext:
         """This rank's history tokens, their positions and their part of the first block; once per chunk."""
@@ -216,28 +237,41 @@ class Transformer(nn.Module):
             with span("feed_forward"):
                 rows, h = work.modulations[0], None if h_BlD is None else h_BlD[:, :num_history]
                 self.block(0).feed_forward_(x_BlD[:, :num_history], h, rows, None, num_history=num_history)
-        outputs = []
-        for place in range(len(context.texts)):
-            own_BlD, own_h = x_BlD, h_BlD
-            if len(context.texts) > 1:
-                own_BlD, own_h = x_BlD.clone(), None if h_BlD is None else h_BlD.clone()
-            self._finish_(own_BlD, own_h, work, place, history_done=share_history)
-            rows = self._output(own_BlD[:, num_history:], step_rows)
-            outputs.append(self.parallel.gather_rows(rows, layout.noisy, "gather"))
+        branches = [
+            self._finish(x_BlD, h_BlD, work, place, step_rows, history_done=share_history)
+            for place in range(len(context.texts))
+        ]
+        # Blocks that take turns on the device serve all prompts at one visit; else a prompt at a time needs less memory.
+        side_by_side = self._ring is not None and not self._by_parts
+        outputs = [
+            self.parallel.gather_rows(rows, layout.noisy, "gather")
+            for rows in _results(branches, side_by_side=side_by_side)
+        ]
         if reuse is not None:
             reuse.end()
         if self.parallel.degrees.cfg > 1:
             return self.parallel.exchange_branches(outputs[0], "branches")
         return tuple(outputs)
 
-    def _finish_(self, x_BlD: Tensor, h_BlD: Tensor | None, work: _Forward, place: int, *, history_done: bool) -> None:
-        """Everything after the first block's self-attention, in place, for one prompt by its place among the texts.
-
-        h is x through that block's middle norm.
+    def _finish(
+        self,
+        x_BlD: Tensor,
+        h_BlD: Tensor | None,
+        work: _Forward,
+        place: int,
+        step_rows: StepRows,
+        *,
+        history_done: bool,
+    ) -> Generator[None, None, Tensor]:
+        """Everything after the first block's self-attention for one prompt, by its place among the texts: this rank's output
+        rows. Rests after every block. x, and h, which is x through the first block's middle norm, are changed in place where
+        no other prompt needs them.
 
         After a block's self-attention h holds its rows, all of them or in the last block the noisy ones, each ready for
         what comes next to it. After a feed-forward over all rows it is what the next block projects.
         """
+        if len(work.context.texts) > 1:
+            x_BlD, h_BlD = x_BlD.clone(), None if h_BlD is None else h_BlD.clone()
         num_history, text = work.context.num_history, work.context.texts[place]
         text_from = num_history if self.config.guidance_cross_attn else 0
         last, skipped_to = len(self.blocks) - 1, 0
@@ -273,6 +307,8 @@ class Transformer(nn.Module):
                 h_BlD = block.feed_forward_(
                     x_BlD[:, start:], part(start), rows, following, num_history=num_history - start
                 )
+            yield
+        return self._output(x_BlD[:, num_history:], step_rows)
 
     def _attend_self_(
         self, index: int, x_BlD: Tensor, h_BlD: Tensor | None, work: _Forward, place: int | None = None
@@ -386,6 +422,19 @@ class Transformer(nn.Module):
         """Drop what was computed from the weights; call after changing them."""
         self._history_rows = None
         self.embed._time_cache.clear()
+
+
+def _results(branches: list[Generator[None, None, Tensor]], *, side_by_side: bool) -> list[Tensor]:
+    """What each branch returns, computed block by block in turns or one after the other."""
+    results: dict[int, Tensor] = {}
+    while len(results) < len(branches):
+        waiting = [place for place in range(len(branches)) if place not in results]
+        for place in waiting if side_by_side else waiting[:1]:
+            try:
+                next(branches[place])
+            except StopIteration as end:
+                results[place] = end.value
+    return [results[place] for place in range(len(branches))]
 
 
 def init_random_(module: nn.Module, seed: int) -> None:

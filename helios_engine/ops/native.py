@@ -2,8 +2,8 @@
 
 # B batch, L tokens, H heads, K head dim, D width (H * K), S segments: row 0 history, row 1 noisy
 
-Both have one meaning, given in reference.py. HELIOS_OPS=reference leaves the library alone, HELIOS_OPS=native insists on it, and a path
-that ends in .so insists on that library instead.
+Both have one meaning, given in reference.py. HELIOS_OPS=reference leaves the library alone, HELIOS_OPS=native insists on
+it, and a path that ends in .so insists on that library instead.
 """
 
 from __future__ import annotations

@@ -380,6 +380,18 @@ class ContextParallel:
         self._finish(work, received)
         return received.view(self.size, -1).tolist()
 
+    def all_agree(self, answer: bool) -> bool:
+        """True where every rank says so; through the control group."""
+        return all(number for (number,) in self.gather_numbers([int(answer)]))
+
+    @property
+    def exchanges(self) -> str:
+        """What ranks talk through inside a forward, "nccl" or another; "" where there is one rank."""
+        if self.size == 1:
+            return ""
+        backends = sorted({dist.get_backend(group) for group in self._groups.values() if group is not None})
+        return next((name for name in backends if name != "nccl"), "nccl")
+
     def describe(self) -> str:
         return f"{self.size} rank{'s' * (self.size > 1)}, {self.degrees.describe()}"
 

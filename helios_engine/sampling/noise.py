@@ -22,6 +22,12 @@ class NoiseSource:
     def uniform(self, count: int, low: float, high: float) -> Tensor:
         return torch.rand(count, generator=self._generator) * (high - low) + low
 
+    def copy(self) -> NoiseSource:
+        """Another generator that will draw the same numbers."""
+        other = NoiseSource(0)
+        other.restore(self.state())
+        return other
+
     def state(self) -> Tensor:
         return self._generator.get_state()
 

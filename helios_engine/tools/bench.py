@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import platform
 import statistics
@@ -21,7 +22,7 @@ from helios_engine.parallel import launch
 from helios_engine.request import FRAMES_PER_CHUNK, VideoRequest
 from helios_engine.settings import EngineConfig, ParallelConfig
 from helios_engine.tools import profile
-from helios_engine.tools.generate import check_ranks, fields_of, plan_request
+from helios_engine.tools.generate import check_ranks, fields_of, plan_request, with_single_operators
 
 PROMPT = "A red fox runs through fresh snow."
 
@@ -72,6 +73,8 @@ def run(options: Namespace, meeting: launch.Meeting) -> int:
             raise ValueError(f"timeline {options.timeline} must end in .png")
         if options.timeline is not None and options.bytes:
             raise ValueError("bytes and timeline are two questions; ask one at a time")
+        if options.timeline is not None:
+            config = with_single_operators(config)
         if options.num_gpus == 1 or launch.world_size() > 1:
             config = dataclasses.replace(config, device=launch.own_device(config.device))
         return request, config, parallel, plan.is_guided
@@ -152,6 +155,7 @@ def _check_length(request: VideoRequest) -> None:
 def bench(engine: Engine, request: VideoRequest, *, repeats: int = 3) -> dict[str, object]:
     """Milliseconds per forward of each stage and per decode; seconds and frames per second of chunks, the first apart.
 
+    Chunks are timed from one's arrival to the next one's, as a caller sees them, the first from the encoded prompt.
     A forward is one prompt's, without guidance. The request needs at least two chunks.
     """
     _check_length(request)
@@ -163,8 +167,12 @@ def bench(engine: Engine, request: VideoRequest, *, repeats: int = 3) -> dict[st
     latents = torch.randn(1, engine.checkpoint.model.in_channels, LATENT_FRAMES_PER_CHUNK, *plan.latent_size)
     latents = latents.to(engine.device)
     decode = time_seconds(lambda: engine._frames.decode(latents, "uint8", FRAMES_PER_CHUNK), engine.device, repeats)
-    timings = [chunk.timing for chunk in engine.stream(request)]
-    totals = [timing.denoise_seconds + timing.decode_seconds for timing in timings]
+    with engine.stream(request) as stream:
+        arrivals, timings = [time.perf_counter()], []
+        for chunk in stream:
+            arrivals.append(time.perf_counter())
+            timings.append(chunk.timing)
+    totals = [after - before for before, after in itertools.pairwise(arrivals)]
     steady = statistics.median(totals[1:])
     return {
         **hardware(engine.device),

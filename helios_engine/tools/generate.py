@@ -87,6 +87,8 @@ def prepare(options: Namespace) -> Job:
         raise ValueError("resume needs checkpoint-dir, the folder of the run to go on with")
     checkpoint, plan = plan_request(options.model, request, config)
     _check_profile(options, plan)
+    if options.profile is not None:
+        config = with_single_operators(config)
     degrees = check_ranks(options.num_gpus, parallel, config, guided=plan.is_guided)
     conditioning.load_pixels(request)
     recording = None
@@ -103,6 +105,11 @@ def plan_request(model: str, request: VideoRequest, config: EngineConfig) -> tup
     """The checkpoint's configuration and what it makes of a request."""
     checkpoint = Checkpoint.open(model, config.revision)
     return checkpoint, plan_for(checkpoint, request)
+
+
+def with_single_operators(config: EngineConfig) -> EngineConfig:
+    """For profiles: a recorded forward would be one piece of work, so none is recorded unless that was asked for."""
+    return config if config.cuda_graphs is not None else dataclasses.replace(config, cuda_graphs=False)
 
 
 def check_ranks(num_gpus: int, parallel: ParallelConfig, config: EngineConfig, *, guided: bool) -> Degrees:

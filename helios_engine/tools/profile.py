@@ -156,7 +156,7 @@ def timeline_of(profiler: profile) -> Timeline:
     stages = [
         (event.name.removeprefix("helios: "), event.time_range.start - origin, event.time_range.end - origin)
         for event in ranges
-        if event.name in ("helios: stage", "helios: vae")
+        if event.name.startswith(("helios: stage ", "helios: vae"))
     ]
     return Timeline(tuple(intervals), tuple(sorted(stages, key=lambda stage: stage[1])), end - origin)
 
@@ -195,12 +195,11 @@ def draw_timeline(timeline: Timeline, path: Path) -> None:
     for interval in timeline.intervals:
         canvas.rectangle((x_of(interval.start), 30, x_of(interval.end), 30 + strip), fill=_COLOURS[interval.category])
     for row, (name, start, end) in enumerate(timeline.stages):  # a row each, since stages may be short
-        label = f"stage {row}" if name == "stage" else name
         top = 36 + strip + 14 * row
         canvas.line((x_of(start), top + 6, x_of(end), top + 6), fill="black", width=3)
         canvas.text(
             (x_of(end) + 4 if x_of(end) < left + width - 90 else left - 84, top),
-            f"{label} {(end - start) / 1e3:.1f} ms",
+            f"{name} {(end - start) / 1e3:.1f} ms",
             fill="black",
         )
     totals = timeline.milliseconds()

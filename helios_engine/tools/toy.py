@@ -132,7 +132,7 @@ def _write_checkpoint(folder: Path, variant: str, seed: int) -> None:
     )
     vae_config = VaeConfig(base_dim=_VAE_BASE_DIM)
     vae = VideoAutoencoder(vae_config)
-    _init_vae_(vae, seed)
+    init_vae_(vae, seed)
     _write_component(folder / "vae", "AutoencoderKLWan", _as_json(vae_config), vae.checkpoint_slots())
     _write_tokenizer(folder / "tokenizer")
     _write_text_encoder(folder / "text_encoder", seed)
@@ -154,7 +154,8 @@ def _write_component(folder: Path, class_name: str, config: dict[str, object], t
     save_safetensors(path, {name: tensor.detach().clone() for name, tensor in tensors.items()}, {"format": "pt"})
 
 
-def _init_vae_(vae: nn.Module, seed: int) -> None:
+def init_vae_(vae: nn.Module, seed: int) -> None:
+    """Random weights with which most decoded pixels stay inside [-1, 1]."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in vae.named_parameters():
         if name.endswith("gamma"):

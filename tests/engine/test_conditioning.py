@@ -86,10 +86,10 @@ def test_history_holds_19_frames_for_ever() -> None:
     everything = torch.zeros(1, 2, 19, 4, 4)
     for _ in range(5):
         latents = torch.randn(1, 2, 9, 4, 4)
-        history.append(latents)
+        history = history.after(latents)
         everything = torch.cat([everything, latents], dim=2)
         assert torch.equal(history.frames_BCTHW, everything[:, :, -19:])
-    history.anchor_BC1HW = torch.ones(1, 2, 1, 4, 4)
+    history = History(history.frames_BCTHW, torch.ones(1, 2, 1, 4, 4))
     window = history.window()
     assert torch.equal(window.long, everything[:, :, -19:-3])
     assert torch.equal(window.mid, everything[:, :, -3:-1])

@@ -1,9 +1,8 @@
-"""Recorded forwards, with a recorder that runs the recorded work again on the same buffers: whatever was not copied in shows."""
+"""Recorded forwards, with stand-ins for the recorder."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,27 +10,9 @@ from torch import Tensor
 
 from helios_engine import Engine, EngineConfig, VideoRequest
 from helios_engine.engine.graphs import ForwardGraphs, why_not_graphs
+from tests.helpers.recorders import Rerun, Unfaithful
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-
-
-class Rerun:
-    """A replay is the recorded work once more, its results put where the first ones are."""
-
-    def __init__(self) -> None:
-        self.num_recordings = 0
-        self.num_replays = 0
-
-    def record(self, work: Callable[[], tuple[Tensor, ...]]) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
-        self.num_recordings += 1
-        outputs = tuple(torch.full_like(output, float("nan")) for output in work())
-
-        def replay() -> None:
-            self.num_replays += 1
-            for output, again in zip(outputs, work(), strict=True):
-                output.copy_(again)
-
-        return replay, outputs
 
 
 @pytest.fixture
@@ -39,15 +20,15 @@ def recorded(engines):
     """(engine, recorder) of a variant, its forwards recorded while the test runs."""
     used: list[Engine] = []
 
-    def get(variant: str) -> tuple[Engine, Rerun]:
-        engine, recorder = engines(variant), Rerun()
-        engine.graphs = ForwardGraphs(engine.transformer, recorder)
+    def get(variant: str, recorder: Rerun | None = None) -> tuple[Engine, Rerun]:
+        engine, recorder = engines(variant), recorder or Rerun()
+        engine.maker.graphs = ForwardGraphs(engine.transformer, recorder)
         used.append(engine)
         return engine, recorder
 
     yield get
     for engine in used:
-        engine.graphs = None
+        engine.maker.graphs = None
 
 
 def _request(variant: str, prompt: str = "A red fox", seed: int = 3) -> VideoRequest:
@@ -92,15 +73,34 @@ def test_callbacks_and_cancelling_work_between_replays(recorded) -> None:
     assert recorder.num_replays == 2
 
 
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("has no room", "it fails (CUDA out of memory.)"),
+        ("refuses", "it fails (operation not permitted when stream is capturing)"),
+        ("is stale", "off a plain forward"),
+        ("is another", "a replay is nan off a plain forward"),
+    ],
+)
+def test_a_recording_that_is_wrong_is_not_used(engines, recorded, caplog, kind: str, said: str) -> None:
+    expected = engines("distilled").generate(_request("distilled")).latents
+    engine, _ = recorded("distilled", Unfaithful(kind))
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(engine.generate(_request("distilled")).latents, expected)
+    assert said in caplog.text
+    assert caplog.text.count("forwards are not recorded") == 1
+    assert said in engine.maker.graphs.why_given_up
+
+
 def test_a_new_size_is_recorded_and_old_ones_are_dropped(recorded, monkeypatch) -> None:
     monkeypatch.setattr("helios_engine.engine.graphs._GRAPHS_KEPT", 2)
     engine, recorder = recorded("base")
     for width in (64, 80, 96, 64):
         engine.generate(VideoRequest(prompt="x", num_frames=33, height=64, width=width, steps=1))
     assert recorder.num_recordings == 4
-    assert len(engine.graphs._recordings) == 2
-    engine.graphs.forget()
-    assert not engine.graphs._recordings
+    assert len(engine.maker.graphs._recordings) == 2
+    engine.maker.graphs.forget()
+    assert not engine.maker.graphs._recordings
 
 
 @pytest.mark.parametrize(
@@ -108,14 +108,18 @@ def test_a_new_size_is_recorded_and_old_ones_are_dropped(recorded, monkeypatch) 
     [
         ({}, None),
         ({"device": CPU}, "only CUDA devices record graphs"),
-        ({"num_ranks": 2}, "exchanges between ranks"),
+        ({"wanted": False}, "switched off"),
+        ({"exchanges": "gloo", "wanted": True}, "exchanges through gloo pass through the host"),
+        ({"exchanges": "nccl"}, "only when that is asked for"),
+        ({"exchanges": "nccl", "wanted": True}, None),
         ({"offload": "group"}, "weights change their place"),
         ({"approximates": True}, "decides on the host"),
         ({"compiles": True}, "compile has its own way"),
     ],
 )
 def test_where_graphs_cannot_be_is_said(settings: dict, reason: str | None) -> None:
-    usual = {"device": CUDA, "num_ranks": 1, "offload": "none", "approximates": False, "compiles": False} | settings
+    usual = {"device": CUDA, "exchanges": "", "wanted": None, "offload": "none", "approximates": False}
+    usual |= {"compiles": False, **settings}
     device = usual.pop("device")
     found = why_not_graphs(device, **usual)
     assert found is None if reason is None else reason in found
@@ -124,5 +128,8 @@ def test_where_graphs_cannot_be_is_said(settings: dict, reason: str | None) -> N
 def test_asking_for_graphs_on_the_cpu_is_answered(toy, caplog) -> None:
     caplog.set_level(logging.WARNING)
     engine = Engine.load(toy / "base", EngineConfig(device="cpu", cuda_graphs=True))
-    assert engine.graphs is None
+    assert engine.maker.graphs is None
     assert "forwards are not recorded as CUDA graphs: only CUDA devices record graphs" in caplog.text
+    caplog.clear()
+    assert Engine.load(toy / "base", EngineConfig(device="cpu")).maker.graphs is None
+    assert "recorded" not in caplog.text, "by default graphs are used where they can be, and nothing is said"

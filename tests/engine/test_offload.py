@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 import types
@@ -17,10 +18,10 @@ from helios_engine import Engine, EngineConfig, VideoRequest
 from helios_engine.cli import main
 from helios_engine.engine.checkpoint import Checkpoint
 from helios_engine.engine.copier import StreamCopier
-from helios_engine.engine.memory import OutOfMemory, estimate_memory
+from helios_engine.engine.memory import OutOfMemory, advise_memory, estimate_memory
 from helios_engine.engine.offload import Turns
 from helios_engine.engine.plan import plan_for
-from helios_engine.model.offload import LayerRing, PlainCopier
+from helios_engine.model.offload import PlainCopier, Share, WeightRing
 
 SMALL = {"height": 64, "width": 64, "num_frames": 66, "seed": 3}
 
@@ -53,24 +54,22 @@ class CountingCopier(PlainCopier):
         self.released += 1
 
 
-def _layers(count: int) -> tuple[list[nn.Module], list[dict[str, torch.Tensor]]]:
+def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.data for name, parameter in module.named_parameters()}
+
+
+def _ring(count: int, num_slots: int, copier) -> tuple[WeightRing, list[nn.Module]]:
+    """Layers of growing width, the index in every weight and its negative in every bias."""
     with torch.device("meta"):
-        layers = [nn.Linear(4, 4) for _ in range(count)]
-    sources = [{"weight": torch.full((4, 4), float(i)), "bias": torch.full((4,), -float(i))} for i in range(count)]
-    return layers, sources
-
-
-def _ring(count: int, num_slots: int, copier) -> tuple[LayerRing, list[nn.Module]]:
-    layers, sources = _layers(count)
-    ring = LayerRing(
-        layers,
-        slots_of=lambda layer: {name: p.data for name, p in layer.named_parameters()},
-        sources=lambda i: sources[i],
-        device=torch.device("cpu"),
-        copier=copier,
-        num_slots=num_slots,
-    )
-    return ring, layers
+        layers = [nn.Linear(4, 4 + index) for index in range(count)]
+    sources = [
+        {"weight": torch.full((4 + i, 4), float(i)), "bias": torch.full((4 + i,), -float(i))} for i in range(count)
+    ]
+    shares = [
+        Share(layer, ("weight", "bias"), functools.partial(_tensors, layer), found)
+        for layer, found in zip(layers, sources, strict=True)
+    ]
+    return WeightRing(shares, device=torch.device("cpu"), copier=copier, num_slots=num_slots), layers
 
 
 @pytest.mark.parametrize("num_slots", [2, 3, 5, 9])
@@ -88,7 +87,9 @@ def test_the_ring_loads_each_layer_once_per_round_and_ahead(num_slots: int) -> N
         expected = 5 if num_slots >= 5 else 5 * (turn + 1) + num_slots - 1
         assert len(copier.loads) == expected, "every layer once, and what is fetched ahead of the next round"
     assert copier.most_resident <= num_slots
-    assert ring.num_bytes == min(num_slots, 5) * 80
+    assert ring.num_bytes == min(num_slots, 5) * 2 * 256, (
+        "the largest share, weight and bias on boundaries of 256 bytes"
+    )
 
 
 def test_any_order_is_served_and_a_rest_frees_everything() -> None:
@@ -106,11 +107,47 @@ def test_any_order_is_served_and_a_rest_frees_everything() -> None:
     assert (layers[1].weight == 1).all()
 
 
-def test_layers_of_different_shapes_are_refused() -> None:
+def test_parts_of_one_module_in_two_rings_of_one_copier() -> None:
     with torch.device("meta"):
-        layers = [nn.Linear(4, 4), nn.Linear(4, 5)]
-    with pytest.raises(ValueError, match="layer 1 is shaped unlike layer 0"):
-        LayerRing(layers, slots_of=dict, sources=dict, device=torch.device("cpu"), copier=PlainCopier())
+        modules = [nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 5)}) for _ in range(3)]
+    copier, rings = CountingCopier(), []
+    for place, part in enumerate("ab"):
+        shares = []
+        for index, module in enumerate(modules):
+            sources = {n: torch.full(t.shape, 10.0 * index + place) for n, t in _tensors(module).items()}
+            names = (f"{part}.weight", f"{part}.bias")
+            shares.append(Share(module, names, functools.partial(_tensors, module), sources))
+        rings.append(WeightRing(shares, device=torch.device("cpu"), copier=copier, num_slots=2, first_slot=2 * place))
+    for index, module in enumerate(modules):
+        for place, part in enumerate("ab"):
+            rings[place].use(index)
+            for other, name in enumerate("ab"[: place + 1]):
+                for parameter in module[name].parameters():
+                    assert (parameter == 10 * index + other).all(), (index, part, name)
+    assert {slot < 2 for slot in copier.loads} == {True, False}
+
+
+def test_every_prompt_is_served_at_one_visit(toy: Path, engines, monkeypatch) -> None:
+    """A guided forward loads each block once, and the part that serves the text alone not at all."""
+    copiers: list[CountingCopier] = []
+
+    def make_copier(device: torch.device) -> CountingCopier:
+        copiers.append(CountingCopier())
+        return copiers[-1]
+
+    monkeypatch.setattr("helios_engine.engine.offload.make_copier", make_copier)
+    config = {"device": "cpu", "dtype": "float32", "offload": "group"}
+    engine = Engine.load(toy / "base", EngineConfig(**config))
+    request = VideoRequest(prompt="A red fox", steps=4, guidance_scale=5.0, **{**SMALL, "num_frames": 33})
+    session = engine.open(request)
+    copier, blocks = copiers[0], engine.checkpoint.model.num_layers
+    assert len(copier.loads) == 2 * blocks + 1, "once per prompt, and one fetched ahead that is not used"
+    assert min(copier.loads) == 2, "of the text's own ring"
+    copier.loads.clear()
+    chunk = session.next_chunk()
+    assert torch.equal(chunk.latents, engines("base").generate(request).latents)
+    assert len(copier.loads) == 4 * blocks + 1
+    assert max(copier.loads) == 1
 
 
 class _Event:
@@ -205,10 +242,10 @@ def test_a_component_that_cannot_be_filled_leaves_nothing(toy: Path) -> None:
 
 def test_an_engine_lets_go_of_its_threads(toy: Path, monkeypatch) -> None:
     closed = []
-    monkeypatch.setattr(LayerRing, "close", lambda ring: closed.append(ring))
+    monkeypatch.setattr(WeightRing, "close", lambda ring: closed.append(ring))
     engine = Engine.load(toy / "base", EngineConfig(device="cpu", dtype="float32", offload="group"))
     engine.close()
-    assert len(closed) == 2, "the transformer's and the text encoder's"
+    assert len(closed) == 3, "the blocks', their text parts' and the text encoder's"
 
 
 def test_one_component_at_a_time() -> None:
@@ -226,7 +263,13 @@ def test_one_component_at_a_time() -> None:
 
 @pytest.mark.parametrize("variant", ["base", "mid", "distilled"])
 @pytest.mark.parametrize(
-    "settings", [{"offload": "group"}, {"offload": "group", "offload_ahead": 2}, {"offload": "model"}]
+    "settings",
+    [
+        {"offload": "group"},
+        {"offload": "group", "offload_ahead": 2},
+        {"offload": "group", "offload_level": "leaf", "offload_ahead": 3},
+        {"offload": "model"},
+    ],
 )
 def test_the_same_numbers_as_resident(toy: Path, engines, variant: str, settings: dict) -> None:
     steps = 2 if variant == "base" else (1, 1, 1)
@@ -244,8 +287,8 @@ def test_pictures_and_recomputed_text(toy: Path, engines, monkeypatch) -> None:
     picture = torch.rand(3, 64, 64)
     request = VideoRequest(prompt="A red fox", image=picture.permute(1, 2, 0).numpy(), steps=2, **SMALL)
     expected = engines("base").generate(request)
-    for offload in ("group", "model"):
-        engine = Engine.load(toy / "base", EngineConfig(device="cpu", dtype="float32", offload=offload))
+    for settings in ({"offload": "group"}, {"offload": "group", "offload_level": "leaf"}, {"offload": "model"}):
+        engine = Engine.load(toy / "base", EngineConfig(device="cpu", dtype="float32", **settings))
         assert torch.equal(engine.generate(request).latents, expected.latents)
     with engine.open(request) as session:
         assert session.texts[0].keys_values is not None
@@ -290,10 +333,26 @@ def test_the_estimate_knows_what_stays(toy: Path) -> None:
         for offload in ("none", "group", "model")
     }
     none, group = estimates["none"], estimates["group"]
-    blocks = checkpoint.model.num_layers
-    assert group.transformer + group.transformer_slots // 2 * blocks == none.transformer
+    assert none.transformer_slots == 0
+    assert group.transformer < none.transformer - group.transformer_slots
     assert group.peak < none.peak
     assert estimates["model"].peak < none.peak
+
+
+@pytest.mark.parametrize("keeps_text", [True, False])
+@pytest.mark.parametrize(("level", "ahead"), [("block", 1), ("block", 9), ("leaf", 1), ("leaf", 4)])
+def test_the_estimate_of_the_slots_is_what_they_take(
+    toy: Path, monkeypatch, level: str, ahead: int, keeps_text: bool
+) -> None:
+    for module in ("offload", "memory"):
+        monkeypatch.setattr(f"helios_engine.engine.{module}.has_room_for_text", lambda *_: keeps_text)
+    config = EngineConfig(device="cpu", dtype="float32", offload="group", offload_level=level, offload_ahead=ahead)
+    engine = Engine.load(toy / "base", config)
+    plan = engine.plan(VideoRequest(prompt="x", **SMALL))
+    estimate = estimate_memory(engine.checkpoint, plan, config, 512)
+    assert engine.transformer._ring.num_bytes == pytest.approx(estimate.transformer_slots, rel=0.01)
+    resident = sum(p.nbytes for p in engine.transformer.parameters() if not p.is_meta)
+    assert resident == estimate.transformer
 
 
 def test_out_of_memory_names_a_way_out(toy: Path, monkeypatch) -> None:
@@ -309,3 +368,20 @@ def test_out_of_memory_names_a_way_out(toy: Path, monkeypatch) -> None:
         ):
             session.next_chunk()
         assert session.index == 0
+
+
+def test_the_mildest_way_out_comes_first(toy: Path) -> None:
+    checkpoint = Checkpoint.open(toy / "base")
+    plan = plan_for(checkpoint, VideoRequest(prompt="x", **SMALL))
+    beside, in_line = (EngineConfig(device="cpu", overlap_decode=on) for on in (True, False))
+    advice = {
+        "while it runs": (beside, plan, "--no-overlap-decode needs about"),
+        "while weights are loaded": (beside, None, "--offload group needs far less"),
+        "in line": (in_line, plan, "--offload group needs about"),
+    }
+    for when, (config, planned, expected) in advice.items():
+        with pytest.raises(OutOfMemory, match=expected), advise_memory(checkpoint, config, planned):
+            raise torch.OutOfMemoryError(when)
+    estimates = [estimate_memory(checkpoint, plan, config, 512) for config in (beside, in_line)]
+    smaller = min(estimates[1].denoise_activations, estimates[1].decode_activations)
+    assert estimates[0].peak == estimates[1].peak + smaller

@@ -84,7 +84,7 @@ def test_unchanged_history_rows_make_reuse_exact(toy, engines) -> None:
     engine = engines("base")
     with engine.open(REQUEST) as session:
         session.next_chunk()
-        job = engine._job([session])
+        job = engine.maker._begin([session], [session.point]).job
         latents = torch.randn(1, 16, 9, 8, 8)
         for settings in (Approximations(history_refresh=2), Approximations(block_cache=0.5)):
             reuse = Reuse(settings, len(job.context.texts), len(engine.transformer.blocks))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from helios_engine import Engine, EngineConfig, VideoRequest
 from helios_engine.config import ModelConfig, VaeConfig
+from helios_engine.engine.graphs import ForwardGraphs
 from helios_engine.model.embed import HistoryWindow
 from helios_engine.model.slab import Slab
 from helios_engine.model.transformer import Transformer, init_random_
@@ -18,7 +19,8 @@ from helios_engine.parallel.attention import SequenceAttention
 from helios_engine.parallel.context import ContextParallel
 from helios_engine.parallel.layout import TokenLayout
 from helios_engine.parallel.mesh import Degrees
-from helios_engine.tools.toy import _init_vae_
+from helios_engine.tools.toy import init_vae_
+from tests.helpers.recorders import Rerun, Unfaithful
 
 CPU = torch.device("cpu")
 
@@ -140,6 +142,21 @@ def generate(
     return video.latents, video.frames
 
 
+def generate_recorded(
+    parallel: ContextParallel, *, folder: str, arguments: dict, kinds: list[str]
+) -> tuple[Tensor, int, str | None]:
+    """A video with forwards recorded by stand-ins, one kind per rank: latents, replays, why recording was given up."""
+    kind = kinds[parallel.rank]
+    recorder = Rerun() if kind == "works" else Unfaithful(kind)
+    own = engine(folder, parallel)
+    graphs = own.maker.graphs = ForwardGraphs(own.transformer, recorder)
+    try:
+        latents = own.generate(VideoRequest(**arguments)).latents
+    finally:
+        own.maker.graphs = None
+    return latents, recorder.num_replays, graphs.why_given_up
+
+
 def stop_early(parallel: ContextParallel, *, folder: str, arguments: dict, how: str) -> tuple[int, int]:
     """(chunks made, steps taken) when rank 0 alone ends an endless video in the way named."""
     steps = []
@@ -181,7 +198,7 @@ def refuse(parallel: ContextParallel, *, folder: str, arguments: dict) -> str:
 def vae(config: dict) -> VideoAutoencoder:
     """A random autoencoder, the same on every rank."""
     autoencoder = VideoAutoencoder(VaeConfig(**config))
-    _init_vae_(autoencoder, 0)
+    init_vae_(autoencoder, 0)
     return autoencoder.requires_grad_(False).channels_last_()
 
 

@@ -190,3 +190,26 @@ def test_a_thread_of_rank_0_closes_all(ranks, toy) -> None:
         # The chunk under way ends at the next step, or is the last one when the thread comes late.
         assert all(first in (1, 2) and second == 2 for first, second in results)
         assert len({first for first, _ in results}) == 1
+
+
+@pytest.mark.parametrize(
+    ("degrees", "kinds", "said"),
+    [
+        ((2, 1, 1), ["works", "works"], None),
+        ((1, 2, 1), ["works", "works"], None),
+        ((2, 1, 1), ["works", "refuses"], ["it does not work on another rank", "it fails (operation not permitted"]),
+        ((2, 1, 1), ["is another", "works"], ["a replay is nan off", "it does not work on another rank"]),
+    ],
+    ids=str,
+)
+def test_ranks_record_together_or_not_at_all(ranks, expected, degrees, kinds: list[str], said) -> None:
+    folder, _, arguments = expected("distilled", "t2v")
+    plain = ranks.run("generate", degrees, folder=folder, arguments=arguments)[0][0]
+    results = ranks.run("generate_recorded", degrees, folder=folder, arguments=arguments, kinds=kinds)
+    for rank, (latents, replays, problem) in enumerate(results):
+        assert torch.equal(latents, plain)
+        if said is None:
+            assert problem is None
+            assert replays > 3, "steps after the first of a stage are replayed"
+        else:
+            assert said[rank] in problem

@@ -1,0 +1,155 @@
+"""The next chunk of one or several videos: denoised, decoded, and where decoding overlaps the one after already begun."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from helios_engine.engine.checkpoint import Checkpoint
+from helios_engine.engine.checks import check_same_latents
+from helios_engine.engine.chunk import ChunkJob, ChunkWork
+from helios_engine.engine.control import Cancelled
+from helios_engine.engine.frames import FrameCodec, handed_over
+from helios_engine.engine.graphs import ForwardGraphs
+from helios_engine.engine.history import stacked_window
+from helios_engine.engine.lane import Decoding, Lane
+from helios_engine.engine.memory import advise_memory
+from helios_engine.engine.session import Ahead, Point, VideoSession
+from helios_engine.model.reuse import Approximations
+from helios_engine.model.transformer import TextContext, Transformer
+from helios_engine.parallel.context import ContextParallel
+from helios_engine.request import ChunkTiming, VideoChunk
+from helios_engine.sampling.pyramid import block_noise_factor
+from helios_engine.settings import EngineConfig
+from helios_engine.trace import chunk_span
+
+
+class ChunkMaker:
+    """Belongs to an engine and keeps nothing of any video.
+
+    bring(component) has a component's weights on the device, where components take turns.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        transformer: Transformer,
+        codec: FrameCodec,
+        *,
+        device: torch.device,
+        config: EngineConfig,
+        context: ContextParallel,
+        lane: Lane,
+        overlaps: bool,
+        graphs: ForwardGraphs | None,
+        approximations: Approximations,
+        bring: Callable[[str], None],
+    ) -> None:
+        self._checkpoint, self._transformer, self._codec = checkpoint, transformer, codec
+        self._config, self._context = config, context
+        self.lane, self.overlaps = lane, overlaps
+        self.graphs, self._approximations, self._bring = graphs, approximations, bring
+        self._noise_factor = block_noise_factor(checkpoint.scheduler.gamma).to(device)
+
+    def advance(self, sessions: Sequence[VideoSession]) -> list[VideoChunk]:
+        """See Engine.advance."""
+        index = sessions[0].index
+        try:
+            with (
+                chunk_span(index),
+                self._context.guard(expected=(Cancelled,)),
+                sessions[0].control.computing(),
+                advise_memory(self._checkpoint, self._config, sessions[0].plan),
+            ):
+                self._bring("transformer")
+                work, start = self._begun(sessions), self.lane.mark()
+                latents = work.finish()
+                end = self.lane.mark()
+                self._transformer.rest()
+                self._bring("vae")
+                own = [part.clone() if len(sessions) > 1 else part for part in latents.split(1)]
+                points = tuple(
+                    session.point_after(part, noise)
+                    for session, part, noise in zip(sessions, own, work.job.noise, strict=True)
+                )
+                decoding = self.lane.begin(lambda: self._decode(sessions, own))
+                try:
+                    ahead = self._begin_ahead(sessions, points, decoding)
+                finally:
+                    decoding.wait()
+        except BaseException as error:
+            # A chunk that was not finished was not begun: the sessions stand where they stood.
+            self._transformer.rest()
+            if isinstance(error, Cancelled):
+                return []
+            raise
+        for session, point in zip(sessions, points, strict=True):
+            session.move_to(point)
+        if not sessions[0].is_finished:
+            sessions[0].ahead = ahead
+        timing = ChunkTiming(self.lane.seconds(start, end), self.lane.seconds(decoding.start, decoding.end))
+        frames = [handed_over(f, s.request.frames) for f, s in zip(decoding.frames, sessions, strict=True)]
+        return [VideoChunk(index, *pair, timing) for pair in zip(frames, own, strict=True)]
+
+    def _begun(self, sessions: Sequence[VideoSession]) -> ChunkWork:
+        """The chunk as far as it was begun ahead, else from its start."""
+        points = tuple(session.point for session in sessions)
+        ahead, sessions[0].ahead = sessions[0].ahead, None
+        if ahead is None or ahead.points != points:
+            return self._begin(sessions, points)
+        if ahead.error is not None:
+            raise ahead.error
+        return ahead.work
+
+    def _begin_ahead(
+        self, sessions: Sequence[VideoSession], points: tuple[Point, ...], decoding: Decoding
+    ) -> Ahead | None:
+        """Steps of the next chunk while this one is decoded. What goes wrong there is for that chunk to say."""
+        if not self.overlaps or points[0].index == sessions[0].plan.num_chunks:
+            return None
+        try:
+            work = self._begin(sessions, points)
+            while not decoding.is_done() and work.step():
+                pass
+        except Cancelled:
+            return None
+        except Exception as error:
+            return Ahead(points, None, error)
+        return Ahead(points, work)
+
+    def _begin(self, sessions: Sequence[VideoSession], points: Sequence[Point]) -> ChunkWork:
+        first, index = sessions[0], points[0].index
+        texts = first.texts
+        if len(sessions) > 1:
+            texts = tuple(TextContext.stack(list(branch)) for branch in zip(*(s.texts for s in sessions), strict=True))
+        initial = [session.initial_noise(index) for session in sessions]
+        checks = self._config.check_ranks and self._context.size > 1
+
+        def on_step(stage: int, step: int, latents: Tensor) -> None:
+            if checks:
+                check_same_latents(self._context, stage, step, latents)
+            if first.on_step is not None:  # asked now: it may be another one than when the chunk was begun
+                first.on_step(stage, step, latents)
+
+        job = ChunkJob(
+            plan=first.plan,
+            index=index,
+            context=self._transformer.prepare(stacked_window([point.history for point in points]), texts),
+            noise=tuple(point.noise.copy() for point in points),
+            initial_BCTHW=None if initial[0] is None else torch.cat(initial),
+            on_step=on_step,
+            control=first.control,
+            may_rest=self.overlaps,
+            approximations=self._approximations,
+            forward=self.graphs,
+        )
+        return ChunkWork(self._transformer, self._checkpoint.scheduler, self._noise_factor, job)
+
+    def _decode(self, sessions: Sequence[VideoSession], latents: Sequence[Tensor]) -> list[Tensor | None]:
+        """Each video's frames on rank 0, None elsewhere."""
+        return [
+            self._codec.decode(part, s.request.frames, s.plan.frames_in_chunk(s.index))
+            for s, part in zip(sessions, latents, strict=True)
+        ]
