@@ -5,6 +5,8 @@ from __future__ import annotations
 import abc
 import json
 import os
+import queue
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -241,6 +243,56 @@ class LatentsWriter(_FileWriter):
 
     def _abandon(self) -> None:
         self._parts.clear()
+
+
+class BackgroundWriter:
+    """Another writer's work on a thread of its own, so that the next chunk is made meanwhile.
+
+    At most two chunks wait: write blocks while there are as many. What goes wrong on the thread is raised by the next write
+    or on leaving; the file then is removed as ever.
+    """
+
+    def __init__(self, writer: Writer) -> None:
+        self._writer = writer
+        self._waiting: queue.Queue[VideoChunk | None] = queue.Queue(maxsize=2)
+        self._error: Exception | None = None
+        self._is_over = False  # what still waits is not written any more
+        self._thread = threading.Thread(target=self._run, name="helios-writer", daemon=True)
+
+    def write(self, chunk: VideoChunk) -> None:
+        """Hand over the next chunk."""
+        if self._error is not None:
+            raise self._error
+        self._waiting.put(chunk)
+
+    def __enter__(self) -> BackgroundWriter:
+        self._writer.__enter__()
+        self._thread.start()
+        return self
+
+    def __exit__(self, error_type: type | None, *rest: object) -> None:
+        self._is_over = error_type is not None
+        try:
+            self._waiting.put(None)
+            self._thread.join()
+        except BaseException as error:  # stopped by hand while the last chunks were written
+            self._is_over = True
+            self._thread.join()
+            self._writer.__exit__(type(error), error, error.__traceback__)
+            raise
+        if error_type is None and self._error is not None:
+            self._writer.__exit__(type(self._error), self._error, self._error.__traceback__)
+            raise self._error
+        self._writer.__exit__(error_type, *rest)
+
+    def _run(self) -> None:
+        while (chunk := self._waiting.get()) is not None:
+            if self._is_over or self._error is not None:
+                continue
+            try:
+                self._writer.write(chunk)
+            except Exception as error:
+                self._error = error
 
 
 def concatenate(parts: Sequence[Path], path: str | Path, *, metadata: Mapping[str, object] | None = None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from safetensors import safe_open
 
 from helios_engine import VideoRequest
-from helios_engine.output import Video, frames_uint8, open_writer, video_metadata
+from helios_engine.output import BackgroundWriter, Video, frames_uint8, open_writer, video_metadata
 from helios_engine.request import ChunkTiming, VideoChunk
 
 av = pytest.importorskip("av")
@@ -144,3 +145,93 @@ def test_metadata_holds_settings_and_no_tensors() -> None:
     assert "video" not in video_metadata(clip, {})
     assert video_metadata(VideoRequest(prompt="x", image=Path("a.png")), {})["image"] == "a.png"
     json.dumps(values)
+
+
+class _SlowWriter:
+    """Notes what it is told; waits for leave to write, and fails at one chunk if asked to."""
+
+    def __init__(self, fails_at: int | None = None) -> None:
+        self.leave = threading.Event()
+        self.fails_at, self.written, self.left_with = fails_at, [], "never"
+
+    def write(self, chunk: VideoChunk) -> None:
+        assert self.leave.wait(10)
+        if chunk.index == self.fails_at:
+            raise OSError("the disk is full")
+        self.written.append(chunk.index)
+
+    def __enter__(self) -> _SlowWriter:
+        return self
+
+    def __exit__(self, error_type: type | None, *_: object) -> None:
+        self.left_with = error_type
+
+
+def test_chunks_are_written_in_order_behind_the_callers_back() -> None:
+    slow = _SlowWriter()
+    with BackgroundWriter(slow) as writer:
+        for index in range(3):  # one is being written, two wait
+            writer.write(_chunk(index))
+        assert slow.written == []
+        slow.leave.set()
+        for index in range(3, 6):
+            writer.write(_chunk(index))
+    assert slow.written == list(range(6))
+    assert slow.left_with is None
+    assert not any(thread.name == "helios-writer" for thread in threading.enumerate())
+
+
+def test_no_more_than_two_chunks_wait() -> None:
+    slow, handed_over = _SlowWriter(), []
+    with BackgroundWriter(slow) as writer:
+
+        def hand_over() -> None:
+            for index in range(5):
+                writer.write(_chunk(index))
+                handed_over.append(index)
+
+        caller = threading.Thread(target=hand_over)
+        caller.start()
+        caller.join(timeout=0.5)
+        assert caller.is_alive()
+        assert len(handed_over) == 3
+        slow.leave.set()
+        caller.join(timeout=10)
+    assert slow.written == list(range(5))
+
+
+@pytest.mark.parametrize("at_the_end", [False, True])
+def test_what_fails_on_the_writers_thread_is_raised(at_the_end: bool) -> None:
+    slow = _SlowWriter(fails_at=1)
+    slow.leave.set()
+    with pytest.raises(OSError, match="the disk is full"), BackgroundWriter(slow) as writer:
+        for index in range(2 if at_the_end else 50):
+            writer.write(_chunk(index))
+    assert slow.written == [0]
+    assert slow.left_with is OSError
+
+
+def test_an_error_of_the_caller_drops_what_waits() -> None:
+    slow = _SlowWriter()
+    threading.Timer(0.2, slow.leave.set).start()
+    with pytest.raises(RuntimeError, match="midway"), BackgroundWriter(slow) as writer:
+        for index in range(3):
+            writer.write(_chunk(index))
+        raise RuntimeError("midway")
+    assert slow.written in ([], [0]), "only what was under way"
+    assert slow.left_with is RuntimeError
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_files_written_behind_the_callers_back_are_the_same(tmp_path, suffix: str) -> None:
+    paths = [tmp_path / f"{name}{suffix}" for name in ("plain", "background")]
+    for path, wrap in zip(paths, (lambda writer: writer, BackgroundWriter), strict=True):
+        with wrap(open_writer(path, fps=24, repeatable=True)) as writer:
+            for index in range(4):
+                writer.write(_chunk(index))
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    with pytest.raises(RuntimeError), BackgroundWriter(open_writer(tmp_path / f"gone{suffix}", fps=24)) as writer:
+        writer.write(_chunk(0))
+        raise RuntimeError
+    assert not list(tmp_path.glob("*gone*"))
+    assert not list(tmp_path.glob(".*gone*"))

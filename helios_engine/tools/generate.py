@@ -22,7 +22,7 @@ from helios_engine.engine.plan import Plan, plan_for
 from helios_engine.engine.recording import Recording, RecordingWriter
 from helios_engine.engine.session import VideoSession, VideoStream
 from helios_engine.engine.state import SessionState
-from helios_engine.output import Writer, check_output, open_writer, temporary_name, video_metadata
+from helios_engine.output import BackgroundWriter, check_output, open_writer, temporary_name, video_metadata
 from helios_engine.parallel import launch
 from helios_engine.parallel.context import ContextParallel
 from helios_engine.parallel.mesh import Degrees
@@ -212,11 +212,12 @@ def _stopped_by_hand(job: Job) -> contextlib.AbstractContextManager[None]:
     return contextlib.suppress(KeyboardInterrupt) if job.request.num_frames is None else contextlib.nullcontext()
 
 
-def _open_writer(job: Job, engine: Engine, session: VideoSession) -> Writer | RecordingWriter:
+def _open_writer(job: Job, engine: Engine, session: VideoSession) -> BackgroundWriter | RecordingWriter:
     options, request = job.options, job.request
     metadata = video_metadata(request, engine.describe(session.plan))
     if job.recording is None:
-        return open_writer(options.output, fps=request.fps, metadata=metadata, encoder=options.encoder)
+        writer = open_writer(options.output, fps=request.fps, metadata=metadata, encoder=options.encoder)
+        return BackgroundWriter(writer)
     return RecordingWriter(
         job.recording,
         options.output,
