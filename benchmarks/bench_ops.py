@@ -107,6 +107,7 @@ def row_cases(rows: int) -> list[Case]:
             4 * size + rotation.nbytes,
         ),
         Case("rmsnorm_rows", lambda ops, i: ops.rms_norm_(xs[i], norm, eps=1e-6), None, 2 * size),
+        Case("quantize_rows", lambda ops, i: ops.quantize_rows(xs[i]), None, 3 * size // 2),
     ]
 
 

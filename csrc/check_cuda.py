@@ -29,6 +29,7 @@ HOT = {
     "qk_rmsnorm_rope_registers": (2, 1),
     "rmsnorm_rows_registers": (2, 1),
     "norm_vectors": (2, 1),
+    "quantize_vectors": (2, 0),
     "unpackI5uint4": (1, 1),
     "upsampleI5uint4": (1, 4),
 }

@@ -42,6 +42,7 @@ STABLE_TORCH_LIBRARY(helios, m) {
   m.def("channel_norm_silu(Tensor x, Tensor gamma, Tensor(a!) out, bool silu) -> ()");
   m.def("upsample_nearest(Tensor x, Tensor(a!) out) -> ()");
   m.def("bias_residual(Tensor(a!) x, Tensor? bias, Tensor? residual) -> ()");
+  m.def("quantize_rows(Tensor x, Tensor(a!) out, Tensor(b!) scale) -> ()");
 }
 
 #define HELIOS_IMPL(m)                                                           \
@@ -59,7 +60,8 @@ STABLE_TORCH_LIBRARY(helios, m) {
   m.impl("cfg_combine", TORCH_BOX(&helios::bind_cfg_combine));                   \
   m.impl("channel_norm_silu", TORCH_BOX(&helios::bind_channel_norm_silu));       \
   m.impl("upsample_nearest", TORCH_BOX(&helios::bind_upsample_nearest));         \
-  m.impl("bias_residual", TORCH_BOX(&helios::bind_bias_residual));
+  m.impl("bias_residual", TORCH_BOX(&helios::bind_bias_residual));               \
+  m.impl("quantize_rows", TORCH_BOX(&helios::bind_quantize_rows));
 
 STABLE_TORCH_LIBRARY_IMPL(helios, CPU, m){HELIOS_IMPL(m)}
 #ifdef HELIOS_CUDA

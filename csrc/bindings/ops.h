@@ -41,5 +41,6 @@ void bind_cfg_combine(const Tensor positive, const Tensor negative, const Tensor
 void bind_channel_norm_silu(const Tensor x, const Tensor gamma, const Tensor out, bool silu);
 void bind_upsample_nearest(const Tensor x, const Tensor out);
 void bind_bias_residual(const Tensor x, const MaybeTensor bias, const MaybeTensor residual);
+void bind_quantize_rows(const Tensor x, const Tensor out, const Tensor scale);
 
 }  // namespace helios

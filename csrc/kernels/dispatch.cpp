@@ -9,6 +9,7 @@
 #include "latents.h"
 #include "patchify.h"
 #include "qk_rmsnorm_rope.h"
+#include "quantize.h"
 #include "residual_gate_norm.h"
 #include "vae.h"
 
@@ -88,5 +89,6 @@ HELIOS_DISPATCH(cfg_combine, CfgCombine)
 HELIOS_DISPATCH(channel_norm_silu, ChannelNormSilu)
 HELIOS_DISPATCH(upsample_nearest, UpsampleNearest)
 HELIOS_DISPATCH(bias_residual, BiasResidual)
+HELIOS_DISPATCH(quantize_rows, QuantizeRows)
 
 }  // namespace helios

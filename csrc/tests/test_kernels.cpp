@@ -16,6 +16,7 @@
 #include "../kernels/latents.h"
 #include "../kernels/patchify.h"
 #include "../kernels/qk_rmsnorm_rope.h"
+#include "../kernels/quantize.h"
 #include "../kernels/residual_gate_norm.h"
 #include "../kernels/vae.h"
 
@@ -243,6 +244,22 @@ void test_pictures(std::int64_t channels) {
   check(near(sum[channels - 1], 2.0 * x[channels - 1] + gamma[channels - 1]), "bias and residual");
 }
 
+void test_quantize(std::int64_t width) {
+  const std::int64_t rows = 3;
+  std::vector<float> x = random_floats(rows * width, 1), scale(rows);
+  std::vector<std::uint8_t> out(x.size());
+  quantize_rows_cpu(
+      {rows_of(x, rows, width), out.data(), scale.data(), 1, rows, width, DType::kFloat32});
+  for (std::int64_t i = 0; i < rows * width; ++i) {
+    const int exponent = out[i] >> 3 & 15, mantissa = out[i] & 7;
+    const double size =
+        exponent == 0 ? std::ldexp(mantissa, -9) : std::ldexp(8 + mantissa, exponent - 10);
+    const double value = (out[i] & 0x80 ? -size : size) * scale[i / width];
+    const double step = std::ldexp(1.0, exponent == 0 ? -9 : exponent - 10) * scale[i / width];
+    check(std::abs(value - x[i]) <= 0.501 * step, "the nearest 8-bit number");
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -254,6 +271,7 @@ int main() {
   test_patches_and_steps();
   test_latents();
   for (std::int64_t channels : {1, 5, 96}) test_pictures(channels);
+  for (std::int64_t width : {1, 7, 96, 5120}) test_quantize(width);
   std::printf("%s: %s\n", cpu_isa(), num_failures == 0 ? "all passed" : "some failed");
   return num_failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
 }

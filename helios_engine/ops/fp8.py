@@ -10,16 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-E4M3 = torch.float8_e4m3fn
-_LARGEST = 448.0  # e4m3's largest number
-_TINY = 1e-12
-
-
-def quantize_rows(x_MD: Tensor) -> tuple[Tensor, Tensor]:
-    """(x / scale in e4m3, scale [M, 1] float32) with every row's largest magnitude at e4m3's largest number."""
-    wide = x_MD.float()
-    scale = wide.abs().amax(dim=-1, keepdim=True).clamp_min(_TINY) / _LARGEST
-    return (wide / scale).to(E4M3), scale
+from helios_engine.ops import native as ops
 
 
 def refusal(device: torch.device, dtype: torch.dtype, widths: Sequence[int] = ()) -> str | None:
@@ -40,16 +31,15 @@ class Fp8Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        weight, scale = quantize_rows(linear.weight.data)
+        weight, scale = (part[0] for part in ops.quantize_rows(linear.weight.data[None]))
         self.weight_FD = nn.Parameter(weight, requires_grad=False)
         self.scale_F = nn.Parameter(scale.view(-1), requires_grad=False)
         self.bias = linear.bias
 
     def forward(self, x: Tensor, start: int = 0) -> Tensor:
-        """x weight^T + bias; start leaves out the first outputs."""
-        rows_MD = x.reshape(-1, x.size(-1))
+        """x weight^T + bias for rows [B, L, D]; start leaves out the first outputs."""
         weight_FD, scale_F, bias = self.weight_FD[start:], self.scale_F[start:], self.bias[start:]
-        quantized, scale_M1 = quantize_rows(rows_MD)
+        quantized, scale_M1 = (part.flatten(0, 1) for part in ops.quantize_rows(x))
         if x.is_cuda:
             out = torch._scaled_mm(
                 quantized,

@@ -39,7 +39,7 @@ OPERATORS = (
         "merge_partials",
     ),
     *("patch_gather", "euler_step", "dmd_step", "unipc_step", "upsample_renoise", "cfg_combine"),
-    *("channel_norm_silu", "upsample_nearest", "bias_residual"),
+    *("channel_norm_silu", "upsample_nearest", "bias_residual", "quantize_rows"),
 )
 
 
@@ -203,6 +203,16 @@ def qk_rms_norm_rope_pack(
     scale = None if history_scale_H is None else history_scale_H.contiguous()
     _run("qk_rmsnorm_rope_pack", qkv_BLE, q_weight_D, k_weight_D, rotation_LK2, scale, packed, list(heads), **settings)
     return packed
+
+
+def quantize_rows(x_BLD: Tensor) -> tuple[Tensor, Tensor]:
+    """See reference.quantize_rows: one pass over memory instead of a dozen."""
+    if not runs_native(x_BLD):
+        return reference.quantize_rows(x_BLD)
+    out = x_BLD.new_empty(x_BLD.shape, dtype=torch.uint8)
+    scale = x_BLD.new_empty((*x_BLD.shape[:-1], 1), dtype=torch.float32)
+    _run("quantize_rows", x_BLD, out, scale)
+    return out.view(torch.float8_e4m3fn), scale
 
 
 def unpack_heads(received: Tensor, shape: tuple[int, int, int, int], heads: Sequence[int]) -> Tensor:

@@ -82,6 +82,17 @@ def residual_gate_norm_(
     return norm_scale_shift(x_BLD, weight_SD, bias_SD, num_history=num_history, eps=eps, out=out)
 
 
+def quantize_rows(x_BLD: Tensor) -> tuple[Tensor, Tensor]:
+    """(x in e4m3, its scale [B, L, 1] float32), each row's largest magnitude put at e4m3's largest number, 448.
+
+    x is nearly e4m3 * scale. Rounded once, to nearest; a row with a NaN becomes NaN.
+    """
+    wide = x_BLD.float()
+    top = wide.abs().amax(dim=-1, keepdim=True).clamp_min(1e-12)
+    factor = torch.full_like(top, 448.0) / top  # 448.0 / top would be a reciprocal and a product, rounded twice
+    return (wide * factor).to(torch.float8_e4m3fn), top / 448.0
+
+
 def qk_rms_norm_rope_(
     qkv_BLE: Tensor,
     q_weight_D: Tensor,

@@ -14,6 +14,7 @@ from helios_engine.cli import main
 from helios_engine.model.block import Block
 from helios_engine.model.reuse import Approximations, Middle, Reuse
 from helios_engine.ops import fp8
+from helios_engine.ops import native as ops
 from helios_engine.settings import describe_approximations
 
 REQUEST = VideoRequest(prompt="A red fox", num_frames=66, height=64, width=64, steps=4, seed=3)
@@ -160,9 +161,7 @@ def test_fp8_products_are_as_near_as_three_bits_can_be() -> None:
     assert error.max() < 0.06
     assert error.min() > 1e-4
     assert torch.allclose(layer(x, 16), layer(x)[..., 16:])
-    zero = fp8.quantize_rows(torch.zeros(2, 4))[0]
-    assert (zero.float() == 0).all()
-    assert (fp8.quantize_rows(torch.tensor([[3.0, -1.5]]))[0].float() == torch.tensor([[448.0, -224.0]])).all()
+    assert (ops.quantize_rows(torch.tensor([[[3.0, -1.5]]]))[0].float() == torch.tensor([448.0, -224.0])).all()
 
 
 def test_fp8_in_the_engine(toy, engines) -> None:

@@ -468,6 +468,7 @@ def _opcheck_calls() -> dict[str, tuple]:
         "channel_norm_silu": (pictures, rand(8), torch.empty_like(pictures), True),
         "upsample_nearest": (pictures, doubled),
         "bias_residual": (pictures, rand(8), pictures.clone()),
+        "quantize_rows": (x, torch.empty(1, 4, 96, dtype=torch.uint8), torch.empty(4)),
     }
 
 

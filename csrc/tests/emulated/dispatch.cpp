@@ -8,6 +8,7 @@
 #include "../../kernels/latents.h"
 #include "../../kernels/patchify.h"
 #include "../../kernels/qk_rmsnorm_rope.h"
+#include "../../kernels/quantize.h"
 #include "../../kernels/residual_gate_norm.h"
 #include "../../kernels/vae.h"
 
@@ -35,5 +36,6 @@ HELIOS_EMULATE(cfg_combine, CfgCombine)
 HELIOS_EMULATE(channel_norm_silu, ChannelNormSilu)
 HELIOS_EMULATE(upsample_nearest, UpsampleNearest)
 HELIOS_EMULATE(bias_residual, BiasResidual)
+HELIOS_EMULATE(quantize_rows, QuantizeRows)
 
 }  // namespace helios
