@@ -18,8 +18,9 @@ from torch import Tensor
 from torch import distributed as dist
 
 from helios_engine.config import LATENT_FRAMES_PER_CHUNK, ModelConfig
+from helios_engine.model.context import ChunkContext
 from helios_engine.model.embed import HistoryWindow
-from helios_engine.model.transformer import ChunkContext, Transformer, init_random_
+from helios_engine.model.transformer import Transformer, init_random_
 from helios_engine.ops.attention import choose_attention
 from helios_engine.parallel.context import ContextParallel, Pending
 from helios_engine.parallel.mesh import Degrees

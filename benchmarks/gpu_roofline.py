@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from helios_engine.config import ModelConfig
 from helios_engine.engine.graphs import CudaRecorder, ForwardGraphs
-from helios_engine.model.transformer import ChunkContext, Transformer
+from helios_engine.model.context import ChunkContext
+from helios_engine.model.transformer import Transformer
 from helios_engine.ops.attention import Attention
 
 TEXT_TOKENS = 512

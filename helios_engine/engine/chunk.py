@@ -16,8 +16,9 @@ from helios_engine.config import LATENT_FRAMES_PER_CHUNK, SchedulerConfig
 from helios_engine.engine.control import Control
 from helios_engine.engine.devices import to_device
 from helios_engine.engine.plan import Plan
+from helios_engine.model.context import ChunkContext
 from helios_engine.model.reuse import Approximations, Reuse
-from helios_engine.model.transformer import ChunkContext, Transformer
+from helios_engine.model.transformer import Transformer
 from helios_engine.sampling import guidance, pyramid
 from helios_engine.sampling.noise import NoiseSource
 from helios_engine.sampling.solver import make_solver

@@ -19,7 +19,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from helios_engine.model.transformer import ChunkContext, StepRows, TextContext, Transformer
+from helios_engine.model.context import ChunkContext, StepRows, TextContext
+from helios_engine.model.transformer import Transformer
 
 logger = logging.getLogger(__name__)
 _WARM_UPS = 2  # libraries choose algorithms and allocate workspaces in their first calls

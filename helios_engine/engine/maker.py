@@ -17,8 +17,9 @@ from helios_engine.engine.history import stacked_window
 from helios_engine.engine.lane import Decoding, Lane
 from helios_engine.engine.memory import advise_memory
 from helios_engine.engine.session import Ahead, Point, VideoSession
+from helios_engine.model.context import TextContext
 from helios_engine.model.reuse import Approximations
-from helios_engine.model.transformer import TextContext, Transformer
+from helios_engine.model.transformer import Transformer
 from helios_engine.parallel.context import ContextParallel
 from helios_engine.request import ChunkTiming, VideoChunk
 from helios_engine.sampling.pyramid import block_noise_factor

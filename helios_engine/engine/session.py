@@ -12,7 +12,7 @@ from helios_engine.engine.control import Control
 from helios_engine.engine.history import History
 from helios_engine.engine.plan import Plan
 from helios_engine.engine.state import SessionState, to_cpu
-from helios_engine.model.transformer import TextContext
+from helios_engine.model.context import TextContext
 from helios_engine.request import VideoChunk, VideoRequest
 from helios_engine.sampling.noise import NoiseSource
 

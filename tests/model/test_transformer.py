@@ -12,8 +12,9 @@ from diffusers import HeliosTransformer3DModel
 from helios_engine.config import ModelConfig
 from helios_engine.model import rope
 from helios_engine.model.block import Block, Modulation
+from helios_engine.model.context import TextContext
 from helios_engine.model.embed import HistoryWindow
-from helios_engine.model.transformer import TextContext, Transformer, init_random_
+from helios_engine.model.transformer import Transformer, init_random_
 from helios_engine.ops.attention import choose_attention
 from helios_engine.ops.reference import unpatchify
 from helios_engine.parallel.attention import SequenceAttention
