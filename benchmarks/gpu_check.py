@@ -18,7 +18,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +25,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu_diffusers import chunk_figures, make_pipe, offloaded, time_diffusers
-from benchmarks.gpu_modes import offload_figures, quality_figures
+from benchmarks.gpu_modes import offload_figures, quality_figures, stream_arrivals
 from benchmarks.gpu_ranks import sharded_against_one, share_times
-from benchmarks.gpu_roofline import decoder_floor_seconds, graph_seconds, roofline_seconds
+from benchmarks.gpu_roofline import decoder_floor_seconds, graph_figures, roofline_seconds
 from helios_engine import Engine, EngineConfig, VideoRequest
 from helios_engine.config import LATENT_FRAMES_PER_CHUNK, ModelConfig, Recipe, SchedulerConfig, VaeConfig
 from helios_engine.engine.checkpoint import Checkpoint, make_transformer
@@ -38,7 +37,7 @@ from helios_engine.engine.session import VideoSession
 from helios_engine.model.transformer import init_random_
 from helios_engine.model.vae import VideoAutoencoder
 from helios_engine.ops.attention import choose_attention
-from helios_engine.request import FRAMES_PER_CHUNK, VideoChunk
+from helios_engine.request import FRAMES_PER_CHUNK
 from helios_engine.tools.bench import hardware, time_seconds
 from helios_engine.tools.toy import init_vae_
 
@@ -126,14 +125,15 @@ def part_tests(scale: Scale) -> dict[str, object]:
 
 def _context(engine: Engine, session: VideoSession):
     history = History.empty(engine.checkpoint.model.in_channels, *session.plan.latent_size, engine.device)
-    history.append(torch.randn(1, engine.checkpoint.model.in_channels, 19, *session.plan.latent_size, device=DEVICE))
+    newest = torch.randn(1, engine.checkpoint.model.in_channels, 19, *session.plan.latent_size, device=DEVICE)
+    history = history.after(newest)
     return engine.transformer.prepare(stacked_window([history]), session.texts)
 
 
 def part_ops(scale: Scale) -> dict[str, object]:
     """The compiled operators on this device: their tests, and GB/s of each against a copy."""
     environment = {**os.environ, "HELIOS_OPS": "native"}
-    tests = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-rs", "tests/ops/test_native.py"]
+    tests = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-rs", "tests/ops"]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "ops.json"
         rows = 64 if scale is TINY else 11040
@@ -157,7 +157,7 @@ def part_sanitize(scale: Scale) -> dict[str, object]:
     for check in ("memcheck", "racecheck", "synccheck"):
         command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q", "-m", "gpu"]
         # Small cases only: the tools slow a kernel down a hundredfold.
-        run = subprocess.run([*command, "-k", "not 5120", "tests/ops/test_native.py"], capture_output=True, text=True)
+        run = subprocess.run([*command, "-k", "not 5120 and not 13824", "tests/ops"], capture_output=True, text=True)
         print(check, run.stdout[-1500:], run.stderr[-500:])
         if run.returncode:
             raise SystemExit(f"{check}: exit code {run.returncode}")
@@ -179,12 +179,12 @@ def part_dit(scale: Scale) -> dict[str, object]:
             return time_seconds(work, DEVICE, scale.repeats)
 
         plain = timed(lambda x=latents: engine.transformer(x, 500.0, context))
-        recorded = graph_seconds(engine.transformer, latents, context, timed)
+        recorded = graph_figures(engine.transformer, latents, context, timed)
         least = roofline_seconds(scale.model, tokens, history, attention, DEVICE, DTYPE, timed)
         stage = {"forward_ms": 1e3 * plain, **{f"least_{name}_ms": 1e3 * value for name, value in least.items()}}
-        stage["of_roofline"] = least["sum"] / plain
-        if recorded is not None:
-            stage |= {"recorded_ms": 1e3 * recorded, "recorded_of_roofline": least["sum"] / recorded}
+        stage |= {"of_roofline": least["sum"] / plain, **recorded}
+        if "recorded_ms" in recorded:
+            stage["recorded_of_roofline"] = 1e3 * least["sum"] / recorded["recorded_ms"]
         result[f"{tokens}+{history}"] = stage
     return {**result, "attention": attention.backend, **_peak()}
 
@@ -261,14 +261,15 @@ def part_engine(scale: Scale) -> dict[str, object]:
     result: dict[str, object] = {"attention": usual.transformer.attention.backend}
     expected: dict[str, torch.Tensor] = {}
     for mode in ((), ("overlap_decode",), ("cuda_graphs",), ("cuda_graphs", "overlap_decode")):
-        config = dataclasses.replace(usual.config, **dict.fromkeys(mode, True))
-        engine = Engine(usual.checkpoint, config=config, **modules) if mode else usual
+        chosen = {name: name in mode for name in ("overlap_decode", "cuda_graphs")}
+        config = dataclasses.replace(usual.config, **chosen)
+        engine = Engine(usual.checkpoint, config=config, **modules)
         next(iter(engine.stream(make_request(scale, chunks=1))))
         if DEVICE.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         own: dict[str, object] = {}
         for steps in STEPS:
-            arrivals, chunks = _arrivals(engine, make_request(scale, steps, chunks=5))
+            arrivals, chunks = stream_arrivals(engine, make_request(scale, steps, chunks=5))
             latents = torch.cat([chunk.latents for chunk in chunks])
             assert torch.isfinite(latents).all()
             same = torch.equal(latents, expected.setdefault(steps, latents))
@@ -278,19 +279,10 @@ def part_engine(scale: Scale) -> dict[str, object]:
                 "decode_s": chunks[-1].timing.decode_seconds,
                 **({"equal_to_in_line": same} if mode else {}),
             }
-        result["+".join(mode) or "in_line"] = {**own, **_peak()}
+        given_up = engine.maker.graphs.why_given_up if engine.maker.graphs is not None else None
+        result["+".join(mode) or "in_line"] = {**own, **_peak(), **({"gave_up": given_up} if given_up else {})}
         engine.close()
     return result
-
-
-def _arrivals(engine: Engine, request: VideoRequest) -> tuple[list[float], list[VideoChunk]]:
-    """When the prompt was encoded and when each chunk arrived, and the chunks."""
-    with engine.stream(request) as stream:
-        arrivals, chunks = [time.perf_counter()], []
-        for chunk in stream:
-            arrivals.append(time.perf_counter())
-            chunks.append(chunk)
-    return arrivals, chunks
 
 
 def part_offload(scale: Scale) -> dict[str, object]:

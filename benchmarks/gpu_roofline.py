@@ -56,15 +56,19 @@ def roofline_seconds(
     return {**parts, "sum": sum(parts.values())}
 
 
-def graph_seconds(transformer: Transformer, latents: torch.Tensor, context: ChunkContext, timed: Timer) -> float | None:
-    """Seconds of a recorded forward; None where there are no CUDA graphs."""
+def graph_figures(
+    transformer: Transformer, latents: torch.Tensor, context: ChunkContext, timed: Timer
+) -> dict[str, object]:
+    """Milliseconds of a recorded forward and whether it has a plain one's numbers, or why there is none."""
     if latents.device.type != "cuda":
-        return None
+        return {"recorded": "no CUDA graphs here"}
     graphs = ForwardGraphs(transformer, CudaRecorder(latents.device))
     expected = [rows.clone() for rows in transformer(latents, 500.0, context)]
-    for actual, rows in zip(graphs(latents, 500.0, context), expected, strict=True):
-        assert torch.equal(actual, rows), "a replay must have the numbers of the forward it recorded"
-    return timed(lambda: graphs(latents, 500.0, context))
+    replayed = [rows.clone() for _ in range(2) for rows in graphs(latents, 500.0, context)][len(expected) :]
+    if graphs.why_given_up is not None:
+        return {"recorded": graphs.why_given_up}
+    equal = all(torch.equal(*pair) for pair in zip(replayed, expected, strict=True))
+    return {"recorded_ms": 1e3 * timed(lambda: graphs(latents, 500.0, context)), "recorded_equal": equal}
 
 
 class _DecoderWork(TorchDispatchMode):

@@ -304,7 +304,7 @@ def _check_tensor(name: str, value: object, shape: str, *, ndim: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class ChunkTiming:
-    """Seconds the device spent on one chunk."""
+    """Seconds the device spent on one chunk; where decoding overlaps, steps that were taken ahead are not in it."""
 
     denoise_seconds: float
     decode_seconds: float

@@ -39,6 +39,7 @@ class ChunkJob:
     on_step: StepCallback
     control: Control  # asked before every step
     may_rest: bool  # between steps
+    pace: Callable[[], None]  # called after every step; may wait for the device
     approximations: Approximations
     forward: Callable[[Tensor, float, ChunkContext], tuple[Tensor, ...]] | None = (
         None  # instead of the transformer's own
@@ -95,6 +96,7 @@ def _denoise(
                     velocity = _velocity(transformer, job, latents, stage, step, timestep, reuse)
                     latents = solver.step(latents, velocity, step)
                 job.on_step(stage, step, latents)
+                job.pace()
                 if job.may_rest:
                     ranges.close()
                     yield

@@ -22,7 +22,7 @@ from helios_engine.engine.chunk import StepCallback
 from helios_engine.engine.control import Control
 from helios_engine.engine.devices import resolve_device, resolve_dtype
 from helios_engine.engine.frames import FrameCodec
-from helios_engine.engine.graphs import CudaRecorder, ForwardGraphs, why_not_graphs
+from helios_engine.engine.graphs import USES_BEFORE, CudaRecorder, ForwardGraphs, why_not_graphs
 from helios_engine.engine.history import History
 from helios_engine.engine.lane import make_lane, why_not_overlapped
 from helios_engine.engine.maker import ChunkMaker
@@ -62,7 +62,8 @@ class Engine:
     ) -> None:
         self.checkpoint, self.config = checkpoint, config
         self.transformer, self.vae, self.text_encoder = transformer, vae, text_encoder
-        self._turns = turns
+        # Has a component's weights on the device, where components take turns.
+        self._bring = turns.use if turns is not None else _is_there
         weight = transformer.project_out.weight
         self.device = resolve_device(config.device) if weight.is_meta else weight.device
         self.dtype = weight.dtype
@@ -79,8 +80,7 @@ class Engine:
         transformer.connect(attention, self.context, ring_method=config.ring_method, exchange=config.exchange)
         graphs = self._make_graphs()
         overlaps = config.overlap_decode and self._can_overlap()
-        shares_pool = graphs is None and not overlaps
-        self._frames = FrameCodec(vae, self.context, shard=config.shard_vae, shares_pool=shares_pool)
+        self._frames = FrameCodec(vae, self.context, shard=config.shard_vae, own_pool=overlaps)
         self.maker = ChunkMaker(
             checkpoint,
             transformer,
@@ -333,8 +333,10 @@ class Engine:
         branches = (prompt.positive, prompt.negative) if plan.is_guided else (prompt.positive,)
         if self.context.degrees.cfg > 1:
             branches = branches[self.context.cfg_rank : self.context.cfg_rank + 1]
-        texts = tuple(self.transformer.encode_text(embeds) for embeds in branches)
-        self.transformer.rest()
+        try:
+            texts = tuple(self.transformer.encode_text(embeds) for embeds in branches)
+        finally:
+            self.transformer.rest()
         return VideoSession(
             self,
             request,
@@ -379,7 +381,8 @@ class Engine:
             if self.config.cuda_graphs:
                 logger.warning("forwards are not recorded as CUDA graphs: %s", reason)
             return None
-        return ForwardGraphs(self.transformer, CudaRecorder(self.device))
+        uses_before = 0 if self.config.cuda_graphs else USES_BEFORE
+        return ForwardGraphs(self.transformer, CudaRecorder(self.device), uses_before=uses_before)
 
     def _can_overlap(self) -> bool:
         config = self.config
@@ -390,10 +393,9 @@ class Engine:
             logger.warning("chunks are decoded between the others' denoising, not beside it: %s", reason)
         return reason is None
 
-    def _bring(self, component: str) -> None:
-        """Have a component's weights on the device, where components take turns."""
-        if self._turns is not None:
-            self._turns.use(component)
+
+def _is_there(component: str) -> None:
+    """Every component's weights stay on the device."""
 
 
 def _both(first: StepCallback, second: StepCallback) -> StepCallback:

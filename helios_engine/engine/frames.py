@@ -27,13 +27,13 @@ _CPU_FRAMES_PER_CALL = 2
 class FrameCodec:
     """Decodes chunks and encodes pictures, on all ranks together where that pays, and keeps nothing between calls."""
 
-    def __init__(
-        self, vae: VideoAutoencoder, context: ContextParallel, *, shard: bool, shares_pool: bool = True
-    ) -> None:
-        """shares_pool says that what torch's allocator holds ready is the decoder's too; not with graphs or a stream of
-        its own."""
+    def __init__(self, vae: VideoAutoencoder, context: ContextParallel, *, shard: bool, own_pool: bool = False) -> None:
+        """own_pool says that what torch's allocator holds ready for others is not the decoder's: it has its own stream."""
         self._vae, self._context, self._shard = vae, context, shard
-        self._shares_pool = shares_pool
+        self._own_pool = own_pool
+        self._splits: dict[
+            tuple[int, int], int
+        ] = {}  # as first chosen: later the decoder's own memory is not free either
 
     def decode(self, latents: Tensor, kind: str, num_frames: int) -> Tensor | None:
         """The first num_frames frames of a chunk, of the kind VideoRequest.frames names, on rank 0; None elsewhere.
@@ -82,7 +82,15 @@ class FrameCodec:
         return split if device.type == "cpu" else min(n for (n,) in self._context.gather_numbers([split]))
 
     def _frames_per_call(self, device: torch.device, latent_size: tuple[int, int]) -> int:
-        return frames_per_call_for(device, self._vae, latent_size, counts_idle=self._shares_pool)
+        if latent_size not in self._splits:
+            self._splits[latent_size] = frames_per_call_for(
+                device, self._vae, latent_size, counts_idle=not self._own_pool
+            )
+        return self._splits[latent_size]
+
+    def forget_splits(self) -> None:
+        """Ask the device's memory again: it was not enough."""
+        self._splits.clear()
 
 
 def _on_its_way(frames: Tensor) -> Tensor:

@@ -5,13 +5,15 @@ timestep's rows at every step, history and prompt when they are other ones than 
 single launch whose coefficients are the host's, so callbacks, cancelling and checksums between steps work as ever.
 
 A recording is made on buffers of zeros and its first replay, on the step at hand, is held against a plain forward. Where it
-cannot be made, or has other numbers, everything goes on without recordings, and that is said.
+cannot be made, or has other numbers, everything goes on without recordings, and that is said. Recording costs about three
+forwards, so a shape has to come often before it is worth it.
 """
 
 from __future__ import annotations
 
 import logging
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Protocol
@@ -23,8 +25,11 @@ from helios_engine.model.context import ChunkContext, StepRows, TextContext
 from helios_engine.model.transformer import Transformer
 
 logger = logging.getLogger(__name__)
-_WARM_UPS = 2  # libraries choose algorithms and allocate workspaces in their first calls
-_GRAPHS_KEPT = 8
+# One GPU saves about a hundredth of a forward by a replay (kernels and launches counted), so three forwards come back late;
+# several ranks save more, by evener steps.
+USES_BEFORE = 100
+_RECORDINGS_KEPT = 24
+_SHAPES_COUNTED = 256
 _TOLERANCE = 0.01  # relative; libraries may round otherwise while they are recorded, a buffer not filled is far off
 
 
@@ -50,16 +55,18 @@ class CudaRecorder:
         with torch.cuda.device(self._device):  # the one that captures, whichever the caller's is
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
-                for _ in range(_WARM_UPS):
-                    work()
+                work()
             torch.cuda.current_stream().wait_stream(self._stream)
 
     def record(self, work: Callable[[], tuple[Tensor, ...]]) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
         with torch.cuda.device(self._device):
-            graph = torch.cuda.CUDAGraph()
-            # Other threads (a copier, the watch) may talk to the device meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                outputs = work()
+            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+            try:
+                # Other threads (a copier, the watch) may talk to the device meanwhile.
+                with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                    outputs = work()
+            finally:
+                torch.cuda.set_stream(stream)  # a capture that fails leaves its own
         return graph.replay, outputs
 
 
@@ -72,6 +79,8 @@ class _Recording:
     context: ChunkContext
     replay: Callable[[], None]
     outputs: tuple[Tensor, ...]
+    texts: tuple[object, ...]  # whose buffers it reads, see ForwardGraphs._texts
+    table: Tensor  # of rotations, which it reads where the transformer keeps it
     holds: weakref.ref[ChunkContext] | None = None
 
 
@@ -85,42 +94,78 @@ class ForwardGraphs:
     Where several ranks exchange inside a forward, their exchanges are recorded with it, and all ranks replay or none.
     """
 
-    def __init__(self, transformer: Transformer, recorder: Recorder) -> None:
-        self._transformer, self._recorder = transformer, recorder
-        self._recordings: dict[tuple[object, ...], _Recording] = {}
+    def __init__(self, transformer: Transformer, recorder: Recorder, *, uses_before: int = 0) -> None:
+        """A shape is recorded after it has come uses_before times."""
+        self._transformer, self._recorder, self._uses_before = transformer, recorder, uses_before
+        self._uses: Counter[tuple[object, ...]] = Counter()
+        self._recordings: dict[tuple[object, ...], _Recording] = {}  # the longest unused first
         # Keys and values of the prompts, one copy for all stages; they change least often and are the largest.
         self._texts: dict[tuple[object, ...], _Texts] = {}
         self.why_given_up: str | None = None
 
-    def __call__(self, latents: Tensor, timestep: float, context: ChunkContext) -> tuple[Tensor, ...]:
-        """One velocity per prompt. They are overwritten by the next call of the same shape."""
-        rows = self._transformer.step_rows(timestep)
-        if self.why_given_up is not None:
-            return self._transformer.run(latents, rows, context)
-        key = (latents.shape, latents.dtype, *_shapes(context))
-        if key not in self._recordings:
-            return self._first(key, latents, rows, context)
-        return self._replay(self._recordings[key], latents, rows, context)
+    @property
+    def hold_memory(self) -> bool:
+        """Whether there is anything to forget."""
+        return bool(self._recordings or self._texts)
 
-    def _first(
-        self, key: tuple[object, ...], latents: Tensor, rows: StepRows, context: ChunkContext
-    ) -> tuple[Tensor, ...]:
-        """Record a shape, and trust the recording if its replay has a plain forward's numbers."""
-        if len(self._recordings) == _GRAPHS_KEPT:
-            self._recordings.pop(next(iter(self._recordings)))
+    def __call__(self, latents: Tensor, timestep: float, context: ChunkContext) -> tuple[Tensor, ...]:
+        """One velocity per prompt. They are overwritten by the next call."""
+        rows = self._transformer.step_rows(timestep)
+        key = (latents.shape, latents.dtype, *_shapes(context))
+        if self.why_given_up is None and key in self._recordings:
+            found = self._recordings[key] = self._recordings.pop(key)  # to the end: used last
+            return self._replay(found, latents, rows, context)
         expected = self._transformer.run(latents, rows, context)
+        if self.why_given_up is not None or not self._comes_often(key):
+            return expected
         try:
             found = self._record(latents, rows, context)
+            self._compare(found, expected, latents, rows, context)
+        except _NotRecorded as reason:
+            self.give_up(str(reason))
+        else:
+            self._keep(key, found)
+        return expected
+
+    def give_up(self, reason: str) -> None:
+        """Go on without recordings for good."""
+        self.why_given_up = reason
+        self.forget()
+        logger.warning("forwards are not recorded as CUDA graphs: %s; the numbers stay the same", reason)
+
+    def _comes_often(self, key: tuple[object, ...]) -> bool:
+        if len(self._uses) == _SHAPES_COUNTED:
+            self._uses.clear()
+        self._uses[key] += 1
+        return self._uses[key] > self._uses_before
+
+    def _compare(
+        self,
+        found: _Recording,
+        expected: tuple[Tensor, ...],
+        latents: Tensor,
+        rows: StepRows,
+        context: ChunkContext,
+    ) -> None:
+        """Raise _NotRecorded unless a replay has a plain forward's numbers."""
+        problem = ""
+        try:
             outputs = self._replay(found, latents, rows, context)
             error = max(_relative_error(*pair) for pair in zip(outputs, expected, strict=True))
-            self._check(error <= _TOLERANCE, f"a replay is {error:.2g} off a plain forward")  # NaN is no success either
-        except _NotRecorded as reason:
-            self.why_given_up = str(reason)
-            self.forget()
-            logger.warning("forwards are not recorded as CUDA graphs: %s; the numbers stay the same", reason)
-            return expected
+            if not error <= _TOLERANCE:  # NaN is no success either
+                problem = f"a replay is {error:.2g} off a plain forward"
+        except RuntimeError as reason:
+            if self._transformer.parallel.size > 1:
+                raise
+            problem = _said(reason)
+        self._check(not problem, problem)
+
+    def _keep(self, key: tuple[object, ...], found: _Recording) -> None:
+        if len(self._recordings) == _RECORDINGS_KEPT:
+            self._recordings.pop(next(iter(self._recordings)))
         self._recordings[key] = found
-        return outputs
+        used = {recording.texts for recording in self._recordings.values()}
+        self._texts = {texts: buffers for texts, buffers in self._texts.items() if texts in used}
 
     def _check(self, works: bool, problem: str) -> None:
         """Raise _NotRecorded on every rank when it does not work on one."""
@@ -143,7 +188,11 @@ class ForwardGraphs:
         try:
             step_rows = StepRows(torch.zeros_like(rows.blocks), torch.zeros_like(rows.output))
             blank = _blank(context, self._fixed_texts(context).fixed)
-            fixed = _Recording(torch.zeros_like(latents), step_rows, blank, lambda: None, ())
+            fixed = _Recording(
+                *(torch.zeros_like(latents), step_rows, blank, lambda: None, ()),
+                texts=_text_key(context),
+                table=self._transformer.chunk_table(latents),
+            )
 
             def work() -> tuple[Tensor, ...]:
                 return self._transformer.run(fixed.latents, fixed.rows, fixed.context)
@@ -154,12 +203,12 @@ class ForwardGraphs:
         except RuntimeError as error:  # torch's own, out of memory among them
             if self._transformer.parallel.size > 1 and not is_warm:
                 raise  # the others wait for this rank in an exchange
-            problem = f"it fails ({' '.join(str(error).split())[:200]})"
+            problem = _said(error)
         self._check(not problem, problem)
         return fixed
 
     def _fixed_texts(self, context: ChunkContext) -> _Texts:
-        key = tuple(text.keys_values[0].shape for text in context.texts)
+        key = _text_key(context)
         if key not in self._texts:
             self._texts[key] = _Texts(context.texts)
         return self._texts[key]
@@ -202,7 +251,11 @@ def _history(context: ChunkContext) -> list[Tensor]:
 def _shapes(context: ChunkContext) -> tuple[object, ...]:
     present = tuple(getattr(context, field.name) is None for field in fields(context))
     shapes = tuple(part.shape for part in _history(context))
-    return (context.total_history, present, shapes, tuple(text.keys_values[0].shape for text in context.texts))
+    return (context.total_history, present, shapes, _text_key(context))
+
+
+def _text_key(context: ChunkContext) -> tuple[object, ...]:
+    return tuple(text.keys_values[0].shape for text in context.texts)
 
 
 def _blank(context: ChunkContext, texts: tuple[TextContext, ...]) -> ChunkContext:
@@ -210,6 +263,10 @@ def _blank(context: ChunkContext, texts: tuple[TextContext, ...]) -> ChunkContex
     return ChunkContext(
         context.total_history, *(None if part is None else torch.zeros_like(part) for part in parts), texts
     )
+
+
+def _said(error: RuntimeError) -> str:
+    return f"it fails ({' '.join(str(error).split())[:200]})"
 
 
 def _relative_error(actual: Tensor, expected: Tensor) -> float:

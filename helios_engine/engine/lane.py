@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 Frames = list[Tensor | None]
+_STEPS_AHEAD = 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,8 +36,27 @@ class Lane(Protocol):
     def seconds(self, start: Any, end: Any) -> float:
         """Time between two marks the device has passed."""
 
+    def wait_for(self, mark: Any) -> None:
+        """Until the device has passed a mark."""
+
     def begin(self, decode: Callable[[], Frames]) -> Decoding:
         """Decode what is computed so far."""
+
+
+class Pace:
+    """Called after every step: keeps the host at most two steps ahead of the device.
+
+    A recorded forward is one launch, so the host could enqueue a whole chunk in no time, and a cancel would come too late.
+    """
+
+    def __init__(self, lane: Lane) -> None:
+        self._lane = lane
+        self._marks: collections.deque[Any] = collections.deque()
+
+    def __call__(self) -> None:
+        self._marks.append(self._lane.mark())
+        if len(self._marks) > _STEPS_AHEAD:
+            self._lane.wait_for(self._marks.popleft())
 
 
 class PlainLane:
@@ -46,6 +67,9 @@ class PlainLane:
 
     def seconds(self, start: float, end: float) -> float:
         return end - start
+
+    def wait_for(self, mark: float) -> None:
+        pass
 
     def begin(self, decode: Callable[[], Frames]) -> Decoding:
         start = self.mark()
@@ -69,6 +93,9 @@ class CudaLane:
 
     def seconds(self, start: Any, end: Any) -> float:
         return start.elapsed_time(end) / 1e3
+
+    def wait_for(self, mark: Any) -> None:
+        mark.synchronize()
 
     def begin(self, decode: Callable[[], Frames]) -> Decoding:
         if self._stream is None:

@@ -14,8 +14,8 @@ from helios_engine.engine.control import Cancelled
 from helios_engine.engine.frames import FrameCodec, handed_over
 from helios_engine.engine.graphs import ForwardGraphs
 from helios_engine.engine.history import stacked_window
-from helios_engine.engine.lane import Decoding, Lane
-from helios_engine.engine.memory import advise_memory
+from helios_engine.engine.lane import Decoding, Lane, Pace
+from helios_engine.engine.memory import OutOfMemory, advise_memory
 from helios_engine.engine.session import Ahead, Point, VideoSession
 from helios_engine.model.context import TextContext
 from helios_engine.model.reuse import Approximations
@@ -55,21 +55,32 @@ class ChunkMaker:
         self._noise_factor = block_noise_factor(checkpoint.scheduler.gamma).to(device)
 
     def advance(self, sessions: Sequence[VideoSession]) -> list[VideoChunk]:
-        """See Engine.advance."""
+        """See Engine.advance. Where recorded forwards leave too little memory, they are given up and the chunk made anew."""
+        try:
+            return self._advance(sessions)
+        except OutOfMemory:
+            self._codec.forget_splits()
+            if self._context.size > 1 or self.graphs is None or not self.graphs.hold_memory:
+                raise
+            self.graphs.give_up("they leave too little memory")
+        torch.cuda.empty_cache()
+        return self._advance(sessions)
+
+    def _advance(self, sessions: Sequence[VideoSession]) -> list[VideoChunk]:
         index = sessions[0].index
         try:
             with (
                 chunk_span(index),
                 self._context.guard(expected=(Cancelled,)),
                 sessions[0].control.computing(),
-                advise_memory(self._checkpoint, self._config, sessions[0].plan),
+                advise_memory(self._checkpoint, self._config, sessions[0].plan, num_ranks=self._context.size),
             ):
+                start = self.lane.mark()
                 self._bring("transformer")
-                work, start = self._begun(sessions), self.lane.mark()
+                work = self._begun(sessions)
                 latents = work.finish()
                 end = self.lane.mark()
                 self._transformer.rest()
-                self._bring("vae")
                 own = [part.clone() if len(sessions) > 1 else part for part in latents.split(1)]
                 points = tuple(
                     session.point_after(part, noise)
@@ -114,10 +125,10 @@ class ChunkMaker:
             work = self._begin(sessions, points)
             while not decoding.is_done() and work.step():
                 pass
-        except Cancelled:
+        except (Cancelled, torch.OutOfMemoryError):  # without the decoder beside it, it may have room
             return None
         except Exception as error:
-            return Ahead(points, None, error)
+            return Ahead(points, None, error.with_traceback(None))  # which would hold what the step computed
         return Ahead(points, work)
 
     def _begin(self, sessions: Sequence[VideoSession], points: Sequence[Point]) -> ChunkWork:
@@ -143,6 +154,7 @@ class ChunkMaker:
             on_step=on_step,
             control=first.control,
             may_rest=self.overlaps,
+            pace=Pace(self.lane),
             approximations=self._approximations,
             forward=self.graphs,
         )
@@ -150,6 +162,7 @@ class ChunkMaker:
 
     def _decode(self, sessions: Sequence[VideoSession], latents: Sequence[Tensor]) -> list[Tensor | None]:
         """Each video's frames on rank 0, None elsewhere."""
+        self._bring("vae")
         return [
             self._codec.decode(part, s.request.frames, s.plan.frames_in_chunk(s.index))
             for s, part in zip(sessions, latents, strict=True)

@@ -65,8 +65,10 @@ class MemoryEstimate:
         return max(self.text_encoder, self.transformer + kept + denoising, self.vae + kept + self.decode_activations)
 
 
-def estimate_memory(checkpoint: Checkpoint, plan: Plan, config: EngineConfig, text_tokens: int) -> MemoryEstimate:
-    """Expected memory of one video under a plan."""
+def estimate_memory(
+    checkpoint: Checkpoint, plan: Plan, config: EngineConfig, text_tokens: int, *, num_ranks: int = 1
+) -> MemoryEstimate:
+    """Expected memory of one video under a plan, on rank 0 as if it worked alone but for what ranks rule out."""
     model, dtype = checkpoint.model, resolve_dtype(config)
     with torch.device("meta"):
         transformer = Transformer(model, dtype)
@@ -91,7 +93,7 @@ def estimate_memory(checkpoint: Checkpoint, plan: Plan, config: EngineConfig, te
         weights -= products * (dtype.itemsize - 1)
     kept = branches * model.num_layers * plan.history_tokens * 2 * model.dim * dtype.itemsize if refresh > 1 else 0
     text_keys_values = branches * model.num_layers * text_tokens * 2 * model.dim * dtype.itemsize
-    records = _records(config)
+    records = _records(config, num_ranks)
     if records:
         text_keys_values *= 2  # recordings read a copy of their own
     if not keeps_text:
@@ -105,7 +107,7 @@ def estimate_memory(checkpoint: Checkpoint, plan: Plan, config: EngineConfig, te
         text_keys_values=text_keys_values,
         denoise_activations=tokens * widths * dtype.itemsize + kept,
         decode_activations=decode_bytes(vae, plan.latent_size, split),
-        keeps_apart=config.overlap_decode or records,
+        keeps_apart=(config.overlap_decode and num_ranks == 1) or records,
     )
 
 
@@ -125,12 +127,12 @@ def has_room_for_text(checkpoint: Checkpoint, config: EngineConfig, device: torc
     return needed < 0.9 * torch.cuda.get_device_properties(device).total_memory
 
 
-def _records(config: EngineConfig) -> bool:
-    """Whether one rank records its forwards."""
+def _records(config: EngineConfig, num_ranks: int) -> bool:
+    """Whether forwards are recorded."""
     refresh, block_cache, _ = config.approximations
     reason = why_not_graphs(
         resolve_device(config.device),
-        exchanges="",
+        exchanges="nccl" if num_ranks > 1 else "",
         wanted=config.cuda_graphs,
         offload=config.offload,
         approximates=Approximations(refresh, block_cache).any,
@@ -154,22 +156,25 @@ def _slot_bytes(transformer: Transformer, config: EngineConfig, *, keeps_text: b
 
 
 @contextlib.contextmanager
-def advise_memory(checkpoint: Checkpoint, config: EngineConfig, plan: Plan | None = None) -> Iterator[None]:
+def advise_memory(
+    checkpoint: Checkpoint, config: EngineConfig, plan: Plan | None = None, *, num_ranks: int = 1
+) -> Iterator[None]:
     """Turn the device's out-of-memory error into one that says what would fit."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         reason = " ".join(str(error).split()).split(" If reserved")[0][:200]
-        raise OutOfMemory(f"{_advice(checkpoint, config, plan)} ({reason})") from None
+        raise OutOfMemory(f"{_advice(checkpoint, config, plan, num_ranks)} ({reason})") from None
 
 
-def _advice(checkpoint: Checkpoint, config: EngineConfig, plan: Plan | None) -> str:
+def _advice(checkpoint: Checkpoint, config: EngineConfig, plan: Plan | None, num_ranks: int) -> str:
     """Which setting needs less, the mildest one that fits the device, with what it would need where a plan is known."""
     changes: list[dict[str, object]] = [{"offload": "group"}, {"offload": "group", "vae_dtype": "bfloat16"}]
     if config.offload == "group":
         changes = changes[1:]
     if plan is None:
-        flags = next((_flags(c) for c in changes if dataclasses.replace(config, **c) != config), None)
+        new = (c for c in changes if any(getattr(config, name) != value for name, value in c.items()))
+        flags = next(map(_flags, new), None)
         return f"the device's memory does not suffice; {flags} needs far less" if flags else _NOTHING_HELPS
     changes = [
         {"overlap_decode": False},
@@ -178,15 +183,22 @@ def _advice(checkpoint: Checkpoint, config: EngineConfig, plan: Plan | None) -> 
     ]  # cheap, but no help while weights are loaded
 
     def needs(settings: EngineConfig) -> float:
-        return estimate_memory(checkpoint, plan, settings, _USUAL_TEXT_TOKENS).peak / 1e9
+        return estimate_memory(checkpoint, plan, settings, _USUAL_TEXT_TOKENS, num_ranks=num_ranks).peak / 1e9
 
     own = needs(config)
-    found = [(needs(dataclasses.replace(config, **change)), _flags(change)) for change in changes]
+    found = [(needs(_changed(config, change)), _flags(change)) for change in changes]
     found = [(less, flags) for less, flags in found if less < own]
     if not found:
         return _NOTHING_HELPS
     less, flags = next((pair for pair in found if pair[0] < _device_gb(config)), min(found))
     return f"the device's memory does not suffice for about {own:.1f} GB; {flags} needs about {less:.1f} GB"
+
+
+def _changed(config: EngineConfig, change: dict[str, object]) -> EngineConfig:
+    """With some settings changed; what cannot go with offload (8-bit products, compile by leaves) is left out."""
+    if "offload" in change:
+        change = {**change, "fp8": False, "overlap_decode": False, "cuda_graphs": False}
+    return dataclasses.replace(config, **change)
 
 
 def _device_gb(config: EngineConfig) -> float:

@@ -7,6 +7,7 @@ of its own.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from helios_engine.model.weights import mapped_tensors
 
+logger = logging.getLogger(__name__)
 _SMALL = 1 << 20  # bytes; tensors below it may be cast on their way
 _ALIGNMENT = 256
 Pairs = list[tuple[Tensor, Tensor]]  # (where to, what)
@@ -119,16 +121,22 @@ class WeightRing:
 
     def rest(self) -> None:
         """Give the slots' memory back until the next use."""
-        self._leave()
-        for slot, held in enumerate(self._holds):
-            if held is not None:
-                self._copier.ready(self._first_slot + slot)  # nothing may still be written there
-        self._slots, self._holds = [], []
+        try:
+            self._leave()
+            for slot, held in enumerate(self._holds):
+                if held is not None:
+                    self._copier.ready(self._first_slot + slot)  # nothing may still be written there
+        finally:
+            self._slots, self._holds, self._current = [], [], None
 
     def close(self) -> None:
-        """Let go of slots and copier; the ring must not be used afterwards."""
-        self.rest()
-        self._copier.close()
+        """Let go of slots and copier, after a failed copy too; the ring must not be used afterwards."""
+        try:
+            self.rest()
+        except RuntimeError as error:  # whoever needed these weights was told
+            logger.info("closing after a failed copy: %s", error)
+        finally:
+            self._copier.close()
 
     def _leave(self) -> None:
         if self._current is not None:

@@ -113,9 +113,10 @@ class Transformer(nn.Module):
 
     def close(self) -> None:
         """Let go of what streams the blocks; no forward may follow."""
-        for ring in (self._ring, self._text_ring):
-            if ring is not None:
-                ring.close()
+        if self._text_ring is not None:
+            self._text_ring.close()
+        if self._ring is not None:
+            self._ring.close()
 
     def block(self, index: int) -> Block:
         """A block whose weights are there for what is computed next, or come part by part."""
@@ -179,7 +180,7 @@ class Transformer(nn.Module):
         layout = self._layout(context.total_history, latents_BCTHW.size(2) * grid[0] * grid[1])
         own = layout.noisy_slice(self.parallel.sequence_rank)
         num_history = context.num_history
-        rotation = self._chunk_table(*grid)[own]
+        rotation = self.chunk_table(latents_BCTHW)[own]
         x_BlD = self.embed.noisy(latents_BCTHW, own, after=context.history_BlD)
         if context.history_BlD is not None:
             rotation = torch.cat([context.history_rotation, rotation])
@@ -196,6 +197,7 @@ class Transformer(nn.Module):
             self._finish(x_BlD, h_BlD, work, place, step_rows, history_done=share_history)
             for place in range(len(context.texts))
         ]
+        del x_BlD, h_BlD  # every branch has its own
         # Blocks that take turns on the device serve all prompts at one visit; else a prompt at a time needs less memory.
         side_by_side = self._ring is not None and not self._by_parts
         outputs = [
@@ -344,7 +346,9 @@ class Transformer(nn.Module):
             ),
         )
 
-    def _chunk_table(self, rows: int, columns: int) -> Tensor:
+    def chunk_table(self, latents_BCTHW: Tensor) -> Tensor:
+        """Rotations of all noisy tokens of latents of this size, [N, K/2, 2]; made once and kept."""
+        rows, columns = (size // 2 for size in latents_BCTHW.shape[-2:])
         return self._tables.get(
             ("chunk", rows, columns), lambda: self._as_table(rope.chunk_table(self.config, rows, columns))
         )

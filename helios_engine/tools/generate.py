@@ -231,7 +231,7 @@ def _open_writer(job: Job, engine: Engine, session: VideoSession) -> BackgroundW
 def _print_plan(job: Job) -> None:
     """What would be computed, for --dry-run."""
     checkpoint, plan, request, config, degrees = job.checkpoint, job.plan, job.request, job.config, job.degrees
-    memory = estimate_memory(checkpoint, plan, config, request.max_sequence_length)
+    memory = estimate_memory(checkpoint, plan, config, request.max_sequence_length, num_ranks=degrees.num_ranks)
     recipe = plan.recipe
     chunks = "endless" if plan.num_chunks is None else f"{plan.num_chunks} chunks of 33"
     forwards = [

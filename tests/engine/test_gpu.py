@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from helios_engine import Engine, EngineConfig, VideoRequest
+from helios_engine.engine.chunk import ChunkWork
 from helios_engine.ops.attention import choose_attention
 from tests.helpers import oracle
 
@@ -80,23 +82,67 @@ def test_attention_backends_agree_with_float64(backend: str, queries: int, keys:
     assert error < 5e-3
 
 
+@pytest.mark.parametrize("recorded", [False, True])
 @pytest.mark.parametrize("variant", ["base", "mid", "distilled"])
-def test_the_loop_never_waits_for_the_device(variant: str, toy, monkeypatch) -> None:
-    engine = Engine.load(toy / variant, EngineConfig(device="cuda"))
+def test_the_loop_never_waits_for_the_device(variant: str, recorded: bool, toy, monkeypatch) -> None:
+    engine = Engine.load(toy / variant, EngineConfig(device="cuda", cuda_graphs=recorded))
     request = VideoRequest(prompt="A fox", num_frames=66, height=64, width=64, steps=2, max_sequence_length=8)
     session = engine.open(request)
     session.next_chunk()
-    transformer = engine.transformer
+    finish, finished = ChunkWork.finish, []
 
-    def strict(*args, **kwargs):
+    def strict(work: ChunkWork) -> torch.Tensor:
         torch.cuda.set_sync_debug_mode("error")
         try:
-            return type(transformer).forward(transformer, *args, **kwargs)
+            finished.append(finish(work))
         finally:
             torch.cuda.set_sync_debug_mode("default")
+        return finished[-1]
 
-    monkeypatch.setattr(transformer, "forward", strict)
+    monkeypatch.setattr(ChunkWork, "finish", strict)
     assert session.next_chunk().index == 1
+    assert len(finished) == 1
+
+
+@pytest.mark.parametrize("variant", ["base", "mid", "distilled"])
+def test_recorded_and_overlapped_videos_are_the_same(variant: str, toy) -> None:
+    request = VideoRequest(prompt="A fox", num_frames=99, height=64, width=64, steps=2, max_sequence_length=8)
+    results = {}
+    for graphs in (False, True):
+        for overlap in (False, True):
+            config = EngineConfig(device="cuda", cuda_graphs=graphs, overlap_decode=overlap)
+            engine = Engine.load(toy / variant, config)
+            results[graphs, overlap] = engine.generate(request)
+            if graphs:
+                assert engine.maker.graphs.why_given_up is None
+            engine.close()
+    plain = results[False, False]
+    for video in results.values():
+        assert (video.latents - plain.latents).abs().max() <= 1e-2 * plain.latents.abs().max()
+        assert np.abs(video.frames.astype(int) - plain.frames).mean() < 1.0
+    for graphs in (False, True):
+        assert torch.equal(results[graphs, True].latents, results[graphs, False].latents)
+
+
+def test_a_recording_that_fails_leaves_nothing_behind(toy, monkeypatch) -> None:
+    """Waiting for the device is not allowed while recording, so the recording breaks off."""
+    request = VideoRequest(prompt="A fox", num_frames=66, height=64, width=64, steps=2, max_sequence_length=8)
+    expected = Engine.load(toy / "distilled", EngineConfig(device="cuda", cuda_graphs=False)).generate(request)
+    engine = Engine.load(toy / "distilled", EngineConfig(device="cuda", cuda_graphs=True))
+    run = engine.transformer.run
+
+    def waits(*arguments: object) -> tuple[torch.Tensor, ...]:
+        if torch.cuda.is_current_stream_capturing():
+            torch.cuda.synchronize()
+        return run(*arguments)
+
+    monkeypatch.setattr(engine.transformer, "run", waits)
+    stream = torch.cuda.current_stream()
+    video = engine.generate(request)
+    assert engine.maker.graphs.why_given_up is not None
+    assert torch.equal(video.latents, expected.latents)
+    assert torch.cuda.current_stream() == stream
+    assert torch.randn(8, device="cuda").isfinite().all()
 
 
 def test_frames_arrive_on_the_host_and_stay_on_the_device(toy) -> None:

@@ -93,14 +93,54 @@ def test_a_recording_that_is_wrong_is_not_used(engines, recorded, caplog, kind: 
 
 
 def test_a_new_size_is_recorded_and_old_ones_are_dropped(recorded, monkeypatch) -> None:
-    monkeypatch.setattr("helios_engine.engine.graphs._GRAPHS_KEPT", 2)
+    monkeypatch.setattr("helios_engine.engine.graphs._RECORDINGS_KEPT", 2)
     engine, recorder = recorded("base")
-    for width in (64, 80, 96, 64):
+    for width, recordings in ((64, 1), (80, 2), (64, 2), (96, 3), (64, 3), (80, 4)):  # 80 was the longest unused
         engine.generate(VideoRequest(prompt="x", num_frames=33, height=64, width=width, steps=1))
-    assert recorder.num_recordings == 4
+        assert recorder.num_recordings == recordings, width
     assert len(engine.maker.graphs._recordings) == 2
     engine.maker.graphs.forget()
-    assert not engine.maker.graphs._recordings
+    assert not engine.maker.graphs.hold_memory
+
+
+def test_prompts_no_recording_reads_are_dropped(recorded, monkeypatch) -> None:
+    monkeypatch.setattr("helios_engine.engine.graphs._RECORDINGS_KEPT", 2)
+    engine, _ = recorded("distilled")
+    for tokens in (8, 9, 10, 11):
+        embeds = torch.randn(1, tokens, engine.checkpoint.model.text_dim)
+        engine.generate(VideoRequest(prompt_embeds=embeds, num_frames=33, height=64, width=64, steps=(1, 1, 1)))
+    assert len(engine.maker.graphs._texts) == 1
+
+
+def test_a_shape_is_recorded_when_it_has_come_often(engines) -> None:
+    engine, recorder = engines("base"), Rerun()
+    expected = engine.generate(_request("base")).latents
+    engine.maker.graphs = ForwardGraphs(engine.transformer, recorder, uses_before=4)
+    try:
+        assert torch.equal(engine.generate(_request("base")).latents, expected)
+    finally:
+        engine.maker.graphs = None
+    assert recorder.num_recordings == 1
+    assert recorder.num_replays == 2, "the fifth of six forwards is recorded and compared, the sixth replayed"
+
+
+def test_recordings_give_way_when_memory_runs_out(engines, recorded, monkeypatch, caplog) -> None:
+    expected = engines("distilled").generate(_request("distilled"))
+    engine, _ = recorded("distilled")
+    decode, calls = engine._frames.decode, []
+
+    def full_once(*arguments: object) -> object:
+        calls.append(engine.maker.graphs.hold_memory)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return decode(*arguments)
+
+    monkeypatch.setattr(engine._frames, "decode", full_once)
+    with caplog.at_level(logging.WARNING):
+        video = engine.generate(_request("distilled"))
+    assert calls == [True, True, False]
+    assert torch.equal(video.latents, expected.latents)
+    assert "they leave too little memory" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -212,6 +212,21 @@ def test_whatever_breaks_is_said_and_nothing_is_computed_without_weights() -> No
     copier.close()
 
 
+def test_after_a_failed_copy_everything_can_be_closed() -> None:
+    with torch.device("meta"):
+        layers = [nn.Linear(4, 4) for _ in range(3)]
+    broken = {"weight": torch.zeros(4, 4), "bias": torch.zeros(5)}
+    shares = [Share(layer, ("weight", "bias"), functools.partial(_tensors, layer), broken) for layer in layers]
+    copier = StreamCopier(torch.device("cpu"), api=_fake_cuda())
+    ring = WeightRing(shares, device=torch.device("cpu"), copier=copier)
+    with pytest.raises(RuntimeError, match="weights could not be read"):
+        ring.use(0)
+    ring.close()
+    assert not ring._slots
+    assert all(layer.weight.is_meta for layer in layers)
+    assert not any(thread.name == "helios-copier" for thread in threading.enumerate())
+
+
 def test_a_slot_given_up_is_held_by_nobody() -> None:
     copier = StreamCopier(torch.device("cpu"), api=_fake_cuda())
     slot, weights = torch.zeros(3), torch.ones(3)
@@ -378,6 +393,8 @@ def test_the_mildest_way_out_comes_first(toy: Path) -> None:
         "while it runs": (beside, plan, "--no-overlap-decode needs about"),
         "while weights are loaded": (beside, None, "--offload group needs far less"),
         "in line": (in_line, plan, "--offload group needs about"),
+        "8-bit products": (EngineConfig(device="cpu", quality="fast"), plan, "--offload group needs about"),
+        "streamed already": (EngineConfig(device="cpu", offload="group"), None, "--vae-dtype bfloat16 needs far less"),
     }
     for when, (config, planned, expected) in advice.items():
         with pytest.raises(OutOfMemory, match=expected), advise_memory(checkpoint, config, planned):

@@ -161,6 +161,25 @@ def test_batches_and_interleaved_sessions(engines, overlapped) -> None:
         assert torch.equal(torch.cat([part.latents for part in parts], dim=2), video.latents)
 
 
+def test_the_host_stays_two_steps_ahead_at_most(engines, monkeypatch) -> None:
+    """A recorded step is one launch: without a pace a whole chunk would be enqueued before a cancel is heard."""
+    engine, log = engines("base"), []
+
+    class Noted(PlainLane):
+        def mark(self) -> float:
+            log.append("mark")
+            return len([entry for entry in log if entry == "mark"])
+
+        def wait_for(self, mark: float) -> None:
+            log.append(f"wait for {mark}")
+
+    monkeypatch.setattr(engine.maker, "lane", Noted())
+    session = engine.open(_request(num_frames=33, steps=4))
+    session.next_chunk()
+    # The first mark is the chunk's start, the last three its end and the decoding's.
+    assert log == [*["mark"] * 4, "wait for 2", "mark", "wait for 3", *["mark"] * 3]
+
+
 class StandIn:
     """torch.cuda's streams and events; every call is noted with the stream it meant."""
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gc
 import threading
+import weakref
 
 import numpy as np
 import psutil
 import pytest
 import torch
 
-from helios_engine import Engine, SessionState, VideoRequest
+from helios_engine import Engine, EngineConfig, SessionState, VideoRequest
 from helios_engine.request import FRAMES_PER_CHUNK
 
 SMALL = {"height": 64, "width": 64, "max_sequence_length": 16}
@@ -311,6 +312,19 @@ def test_closing_a_batch_early_closes_its_sessions(engines) -> None:
     assert len(next(rounds)) == 2
     rounds.close()
     assert list(rounds) == []
+
+
+def test_an_engine_let_go_of_is_gone(toy) -> None:
+    """Without a collection of cycles: its weights are too large to wait for one."""
+    engine = Engine.load(toy / "base", EngineConfig(device="cpu"))
+    engine.generate(_request(num_frames=33, steps=1))
+    watched = weakref.ref(engine.transformer)
+    gc.disable()
+    try:
+        del engine
+        assert watched() is None
+    finally:
+        gc.enable()
 
 
 def test_memory_does_not_grow_with_the_video(engines) -> None:
