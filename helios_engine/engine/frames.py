@@ -11,15 +11,17 @@ from torch import Tensor
 
 from helios_engine.model.slab import Slab
 from helios_engine.model.vae import VideoAutoencoder, to_uint8, to_unit_range
+from helios_engine.ops import native as ops
 from helios_engine.parallel.context import ContextParallel
 from helios_engine.trace import span
 
 _SPLITS = (8, 4, 2, 1)
 # Tensors alive at a decoder call's peak, in units of one full-resolution activation of one latent frame (four frames, base
-# width): per frame of the call, and whatever the call. Counted on the meta device at 384x640 for calls of 2, 4 and 8
-# frames (float32: 7.3, 11.8, 20.8 GB; bfloat16: 4.2, 7.3, 13.3 GB); cuDNN's workspace comes on top.
-_UNITS_PER_FRAME = {4: 6, 2: 8}
-_UNITS_FIXED = 7.5
+# width), counted in decodes with 1 to 8 frames a call: per frame of the call, with the compiled operators and with plain
+# torch by element size; and whatever the call. cuDNN's workspace comes on top.
+_UNITS_PER_FRAME = 4
+_PLAIN_UNITS_PER_FRAME = {4: 5, 2: 9}
+_UNITS_FIXED = 7
 # Two frames a call keep the CPU's temporaries small: 6.0 s against 7.4 s for eight (base_dim 32, 128x192, 2 cores).
 _CPU_FRAMES_PER_CALL = 2
 
@@ -105,12 +107,15 @@ def handed_over(frames: Tensor | None, kind: str) -> np.ndarray | Tensor | None:
     return frames if frames is None or kind == "device" else frames.numpy()
 
 
-def decode_bytes(vae: VideoAutoencoder, latent_size: tuple[int, int], num_latent_frames: int) -> int:
+def decode_bytes(
+    device: torch.device, vae: VideoAutoencoder, latent_size: tuple[int, int], num_latent_frames: int
+) -> int:
     """Peak of one decoder call in bytes, set by its last level; an encoder call of as many frames needs no more."""
     channels = vae.config.decoder_base_dim or vae.config.base_dim
     size = vae.dtype.itemsize
     unit = channels * latent_size[0] * latent_size[1] * 64 * 4 * size
-    return int(unit * (_UNITS_PER_FRAME[size] * num_latent_frames + _UNITS_FIXED))
+    per_frame = _UNITS_PER_FRAME if ops.serves(device) else _PLAIN_UNITS_PER_FRAME[size]
+    return int(unit * (per_frame * num_latent_frames + _UNITS_FIXED))
 
 
 def frames_per_call_for(
@@ -125,4 +130,4 @@ def frames_per_call_for(
     free, _ = torch.cuda.mem_get_info(device)
     if counts_idle:
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return next((split for split in _SPLITS if decode_bytes(vae, latent_size, split) < 0.9 * free), 1)
+    return next((split for split in _SPLITS if decode_bytes(device, vae, latent_size, split) < 0.9 * free), 1)

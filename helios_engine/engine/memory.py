@@ -106,7 +106,7 @@ def estimate_memory(
         vae=_module_bytes(vae),
         text_keys_values=text_keys_values,
         denoise_activations=tokens * widths * dtype.itemsize + kept,
-        decode_activations=decode_bytes(vae, plan.latent_size, split),
+        decode_activations=decode_bytes(resolve_device(config.device), vae, plan.latent_size, split),
         keeps_apart=(config.overlap_decode and num_ranks == 1) or records,
     )
 

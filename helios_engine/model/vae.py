@@ -11,6 +11,7 @@ call for the first and one for the other eight compute the same function.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +23,26 @@ from helios_engine.ops import native as ops
 
 
 class FrameCache(dict[nn.Module, Tensor]):
-    """The frames each temporal layer saw last; slab says which rows this rank holds, None for all."""
+    """The frames each temporal layer saw last; slab says which rows this rank holds, None for all.
+
+    Entries go when they are read, so that old and new ones are not there together, and none are left by the last call.
+    """
 
     def __init__(self, slab: Slab | None = None) -> None:
         super().__init__()
         self.slab = slab
+        self.is_last_call = False
+
+    def keep(self, layer: nn.Module, x: Tensor, num_frames: int) -> None:
+        """Remember the newest frames of x [B, C, T, H, W] for the layer's next call."""
+        if not self.is_last_call:
+            self[layer] = x[:, :, -num_frames:].clone()
+
+    def calls(self, pieces: list[Tensor]) -> Iterator[Tensor]:
+        """The pieces of one chunk in order, the last one announced."""
+        for place, piece in enumerate(pieces):
+            self.is_last_call = place == len(pieces) - 1
+            yield piece
 
 
 class CausalConv3d(nn.Conv3d):
@@ -48,13 +64,14 @@ class CausalConv3d(nn.Conv3d):
         if cache.slab is not None and padding[1]:
             x, padding = cache.slab.with_neighbours(x), (0, 0, padding[2])
         if self.num_past:
-            past = cache.get(self)
+            past = cache.pop(self, None)
             if past is None:
                 past = x.new_zeros(*x.shape[:2], self.num_past, *x.shape[3:])
                 if not x.is_contiguous():  # cat takes its layout from its first part
                     past = past.contiguous(memory_format=torch.channels_last_3d)
             x = torch.cat([past, x], dim=2)
-            cache[self] = x[:, :, -self.num_past :].clone()
+            del past
+            cache.keep(self, x, self.num_past)
         return self._convolve(x, padding, bias)
 
     def _convolve(self, x: Tensor, padding: tuple[int, ...], bias: Tensor | None) -> Tensor:
@@ -63,26 +80,32 @@ class CausalConv3d(nn.Conv3d):
             return torch.mkldnn_convolution(x, self.weight, bias, padding, self.stride, self.dilation, 1)
         return F.conv3d(x, self.weight, bias, self.stride, padding)
 
-    def after_norm(self, x: Tensor, norm: RMSNorm, cache: FrameCache, residual: Tensor | None = None) -> Tensor:
-        """The convolution of silu(norm(x)), which is written straight behind the past frames it needs, plus a residual."""
-        if residual is not None and x.device.type == "cuda":
-            # cuDNN leaves the bias to a pass of its own, so it goes with the residual.
-            out = self._after_norm(x, norm, cache, bias=None)
-            ops.bias_residual_(out, self.bias, residual)
-            return out
-        out = self._after_norm(x, norm, cache, bias=self.bias)
-        return out if residual is None else out.add_(residual)
-
-    def _after_norm(self, x: Tensor, norm: RMSNorm, cache: FrameCache, *, bias: Tensor | None) -> Tensor:
+    def normed(self, x: Tensor, norm: RMSNorm, cache: FrameCache) -> Tensor:
+        """silu(norm(x)) as of_normed takes it: written straight behind the past frames the convolution needs."""
         if cache.slab is not None or not self.num_past:
-            return self._causal(ops.channel_norm_silu(x, norm.gamma), cache, bias)
+            return ops.channel_norm_silu(x, norm.gamma)
         batch, channels, frames, height, width = x.shape
         whole = x.new_empty(batch, self.num_past + frames, height, width, channels).permute(0, 4, 1, 2, 3)
-        past = cache.get(self)
+        past = cache.pop(self, None)
         whole[:, :, : self.num_past] = 0 if past is None else past
+        del past  # before its successor is made
         ops.channel_norm_silu(x, norm.gamma, out=whole[:, :, self.num_past :])
-        cache[self] = whole[:, :, -self.num_past :].clone()
-        return self._convolve(whole, self.padding, bias)
+        cache.keep(self, whole, self.num_past)
+        return whole
+
+    def of_normed(self, normed: Tensor, cache: FrameCache, residual: Tensor | None = None) -> Tensor:
+        """The convolution of what normed made, plus a residual."""
+        # cuDNN leaves the bias to a pass of its own, so it goes with the residual.
+        joins_bias = residual is not None and normed.device.type == "cuda"
+        bias = None if joins_bias else self.bias
+        if cache.slab is not None or not self.num_past:
+            out = self._causal(normed, cache, bias)
+        else:
+            out = self._convolve(normed, self.padding, bias)
+        if joins_bias:
+            ops.bias_residual_(out, self.bias, residual)
+            return out
+        return out if residual is None else out.add_(residual)
 
 
 class RMSNorm(nn.Module):
@@ -108,8 +131,10 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, cache: FrameCache) -> Tensor:
         shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x, cache)
-        hidden = self.conv1.after_norm(x, self.norm1, cache)
-        return self.conv2.after_norm(hidden, self.norm2, cache, shortcut)
+        hidden = self.conv1.of_normed(self.conv1.normed(x, self.norm1, cache), cache)
+        normed = self.conv2.normed(hidden, self.norm2, cache)
+        del hidden  # as large as what comes
+        return self.conv2.of_normed(normed, cache, shortcut)
 
 
 def _frames_as_batch(x: Tensor) -> Tensor:
@@ -185,8 +210,8 @@ class Downsample(nn.Module):
         frames = F.pad(frames, (0, 1, 0, 1)) if cache.slab is None else F.pad(cache.slab.with_row_below(frames), (0, 1))
         x = _batch_as_frames(self.resample["1"](frames), x.size(0))
         if self.time_conv is not None:
-            past = cache.get(self)
-            cache[self] = x[:, :, -1:].clone()
+            past = cache.pop(self, None)
+            cache.keep(self, x, 1)
             if past is not None:
                 x = self.time_conv(torch.cat([past, x], dim=2))
         return x
@@ -214,7 +239,7 @@ class Encoder(nn.Module):
         for layer in self.down_blocks:
             x = layer(x, cache)
         x = self.mid_block(x, cache)
-        return self.conv_out.after_norm(x, self.norm_out, cache)
+        return self.conv_out.of_normed(self.conv_out.normed(x, self.norm_out, cache), cache)
 
 
 class UpBlock(nn.Module):
@@ -252,7 +277,7 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(x, cache), cache)
         for block in self.up_blocks:
             x = block(x, cache)
-        return self.conv_out.after_norm(x, self.norm_out, cache)
+        return self.conv_out.of_normed(self.conv_out.normed(x, self.norm_out, cache), cache)
 
 
 class VideoAutoencoder(nn.Module):
@@ -296,7 +321,7 @@ class VideoAutoencoder(nn.Module):
         rest = pixels.size(2) - 1
         size = rest if frames_per_call is None else min(4 * frames_per_call, rest)
         pieces = [pixels[:, :, :1], *(pixels[:, :, 1:].split(size, dim=2) if rest else ())]
-        parts = [self.encoder(piece, cache) for piece in pieces]
+        parts = [self.encoder(piece, cache) for piece in cache.calls(pieces)]
         moments = self.quant_conv(torch.cat(parts, dim=2), cache).float()
         self._check_range(moments)
         mean, log_variance = (moments if slab is None else slab.gather_rows(moments)).chunk(2, dim=1)
@@ -316,7 +341,7 @@ class VideoAutoencoder(nn.Module):
         rest = hidden.size(2) - 1
         size = rest if frames_per_call is None else min(frames_per_call, rest)
         pieces = [hidden[:, :, :1], *(hidden[:, :, 1:].split(size, dim=2) if rest else ())]
-        pixels = torch.cat([self.decoder(piece, cache) for piece in pieces], dim=2)
+        pixels = torch.cat([self.decoder(piece, cache) for piece in cache.calls(pieces)], dim=2)
         self._check_range(pixels)
         return pixels.clamp_(-1.0, 1.0)
 

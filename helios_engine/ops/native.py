@@ -87,11 +87,14 @@ def _run(name: str, *arguments: object, **named: object) -> None:
         getattr(_ops, name)(*arguments, **named)
 
 
+def serves(device: torch.device) -> bool:
+    """True where the compiled operators run on this device."""
+    return not WHY_NOT and (device.type == "cpu" or (device.type == "cuda" and _serves_gpu(device.index)))
+
+
 def runs_native(x: Tensor) -> bool:
     """True where the compiled operators serve this tensor's device and dtype."""
-    kind = x.device.type
-    served = kind == "cpu" or (kind == "cuda" and _serves_gpu(x.device.index))
-    return not WHY_NOT and served and x.dtype in _DTYPES
+    return serves(x.device) and x.dtype in _DTYPES
 
 
 def check() -> None:
