@@ -151,9 +151,9 @@ class ForwardGraphs:
         problem = ""
         try:
             outputs = self._replay(found, latents, rows, context)
-            error = max(_relative_error(*pair) for pair in zip(outputs, expected, strict=True))
-            if not error <= _TOLERANCE:  # NaN is no success either
-                problem = f"a replay is {error:.2g} off a plain forward"
+            errors = [_relative_error(*pair) for pair in zip(outputs, expected, strict=True)]
+            if not all(error <= _TOLERANCE for error in errors):  # NaN is no success either
+                problem = f"a replay is {', '.join(f'{error:.2g}' for error in errors)} off a plain forward"
         except RuntimeError as reason:
             if self._transformer.parallel.size > 1:
                 raise

@@ -73,6 +73,13 @@ def test_callbacks_and_cancelling_work_between_replays(recorded) -> None:
     assert recorder.num_replays == 2
 
 
+def test_every_prompts_numbers_are_compared(engines, recorded) -> None:
+    expected = engines("base").generate(_request("base")).latents
+    engine, _ = recorded("base", Unfaithful("misses the last"))
+    assert torch.equal(engine.generate(_request("base")).latents, expected)
+    assert "nan off a plain forward" in engine.maker.graphs.why_given_up
+
+
 @pytest.mark.parametrize(
     ("kind", "said"),
     [

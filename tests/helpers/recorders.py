@@ -51,8 +51,9 @@ class Unfaithful(Rerun):
         outputs = tuple(output.clone() for output in first)
 
         def replay() -> None:
-            again = work() if self._kind == "is another" else first
-            for output, result in zip(outputs, again, strict=True):
-                output.copy_(result if self._kind == "is stale" else result * float("nan"))
+            again = first if self._kind == "is stale" else work()
+            for place, (output, result) in enumerate(zip(outputs, again, strict=True)):
+                spoils = self._kind == "is another" or (self._kind == "misses the last" and place == len(outputs) - 1)
+                output.copy_(result * float("nan") if spoils else result)
 
         return replay, outputs
