@@ -141,11 +141,13 @@ def part_ops(scale: Scale) -> dict[str, object]:
         results = [subprocess.run(c, capture_output=True, text=True, env=environment) for c in (tests, bench)]
         for result in results:
             print(result.stdout[-3000:], result.stderr[-2000:])
-        if any(result.returncode for result in results):
+        if results[1].returncode:
             raise SystemExit(1)
         figures = json.loads(path.read_text())
     rates = {name: values["of_copy"] for name, values in figures["operators"].items()}
-    return {"outcome": results[0].stdout.strip().splitlines()[-1], "copy": figures["copy_bytes_per_second"], **rates}
+    failed = {"failed": True} if results[0].returncode else {}
+    outcome = results[0].stdout.strip().splitlines()[-1]
+    return {**failed, "outcome": outcome, "copy": figures["copy_bytes_per_second"], **rates}
 
 
 def part_sanitize(scale: Scale) -> dict[str, object]:
@@ -361,6 +363,8 @@ def main() -> None:
     (options.out / f"{options.part}.json").write_text(json.dumps(result, indent=2) + "\n")
     with (options.out / "summary.md").open("a") as file:
         file.write(f"| {options.part} | {result['device']} | {'; '.join(_flat(figures))} |\n")
+    if figures.get("failed"):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from helios_engine.trace import span
 SUFFIXES = (".mp4", ".npy", ".safetensors")
 DEFAULT_ENCODER = "libx264"
 _NPY_HEADER_BYTES = 128
+_FAREWELL = 10.0  # seconds; a chunk is encoded in less
 _LONGEST_NAME = 200  # file systems allow 255 bytes, and the temporary name is a little longer
 
 
@@ -271,14 +272,16 @@ class BackgroundWriter:
         return self
 
     def __exit__(self, error_type: type | None, *rest: object) -> None:
-        self._is_over = error_type is not None
         try:
+            self._is_over = error_type is not None
             self._waiting.put(None)
             self._thread.join()
         except BaseException as error:  # stopped by hand while the last chunks were written
             self._is_over = True
-            self._thread.join()
-            self._writer.__exit__(type(error), error, error.__traceback__)
+            try:
+                self._thread.join(timeout=_FAREWELL)
+            finally:
+                self._writer.__exit__(type(error), error, error.__traceback__)
             raise
         if error_type is None and self._error is not None:
             self._writer.__exit__(type(self._error), self._error, self._error.__traceback__)

@@ -80,7 +80,12 @@ class Engine:
         transformer.connect(attention, self.context, ring_method=config.ring_method, exchange=config.exchange)
         graphs = self._make_graphs()
         overlaps = config.overlap_decode and self._can_overlap()
-        self._frames = FrameCodec(vae, self.context, shard=config.shard_vae, own_pool=overlaps)
+        self._frames = FrameCodec(
+            vae,
+            self.context,
+            shard=config.shard_vae,
+            counts_idle=lambda: not overlaps and not (graphs is not None and graphs.hold_memory),
+        )
         self.maker = ChunkMaker(
             checkpoint,
             transformer,
@@ -165,7 +170,8 @@ class Engine:
     def open(self, request: VideoRequest, on_step: StepCallback | None = None) -> VideoSession:
         """A session for one video, its prompt encoded and its history in place.
 
-        on_step(stage, step, latents) is called after every solver step; latents [1, C, 9, h, w] are read-only.
+        on_step(stage, step, latents) is called after every solver step; latents [1, C, 9, h, w] are read-only. A chunk that
+        has to be made anew, because recorded forwards left too little memory, reports its steps again.
         """
         plan, pixels = self._agreed(request)
         return self._open(request, plan, pixels, on_step)
@@ -302,7 +308,8 @@ class Engine:
         self, request: VideoRequest, plan: Plan, pixels: Tensor | Clip | None, on_step: StepCallback | None
     ) -> VideoSession:
         noise = NoiseSource(request.seed)
-        with self.context.guard(), advise_memory(self.checkpoint, self.config, plan):
+        advice = advise_memory(self.checkpoint, self.config, plan, num_ranks=self.context.size)
+        with self.context.guard(), advice:
             with span("text_encode"):
                 self._bring("text_encoder")
                 prompt = self._encode_prompt(request, plan)

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -20,7 +22,8 @@ _SPLITS = (8, 4, 2, 1)
 # width), counted in decodes with 1 to 8 frames a call: per frame of the call, with the compiled operators and with plain
 # torch by element size; and whatever the call. cuDNN's workspace comes on top.
 _UNITS_PER_FRAME = 4
-_PLAIN_UNITS_PER_FRAME = {4: 5, 2: 9}
+_SHARDED_UNITS_PER_FRAME = 6  # rows with their neighbours' are copies
+_PLAIN_UNITS_PER_FRAME = {4: 6, 2: 9}
 _UNITS_FIXED = 7
 # Two frames a call keep the CPU's temporaries small: 6.0 s against 7.4 s for eight (base_dim 32, 128x192, 2 cores).
 _CPU_FRAMES_PER_CALL = 2
@@ -29,13 +32,19 @@ _CPU_FRAMES_PER_CALL = 2
 class FrameCodec:
     """Decodes chunks and encodes pictures, on all ranks together where that pays, and keeps nothing between calls."""
 
-    def __init__(self, vae: VideoAutoencoder, context: ContextParallel, *, shard: bool, own_pool: bool = False) -> None:
-        """own_pool says that what torch's allocator holds ready for others is not the decoder's: it has its own stream."""
+    def __init__(
+        self,
+        vae: VideoAutoencoder,
+        context: ContextParallel,
+        *,
+        shard: bool,
+        counts_idle: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """counts_idle says whether what torch's allocator holds ready is the decoder's to use: not where that is kept for
+        another stream or for recorded forwards."""
         self._vae, self._context, self._shard = vae, context, shard
-        self._own_pool = own_pool
-        self._splits: dict[
-            tuple[int, int], int
-        ] = {}  # as first chosen: later the decoder's own memory is not free either
+        self._counts_idle = counts_idle
+        self._splits: dict[tuple[object, ...], int] = {}
 
     def decode(self, latents: Tensor, kind: str, num_frames: int) -> Tensor | None:
         """The first num_frames frames of a chunk, of the kind VideoRequest.frames names, on rank 0; None elsewhere.
@@ -80,15 +89,17 @@ class FrameCodec:
     def _common_frames_per_call(self, device: torch.device, latent_size: tuple[int, int], slab: Slab | None) -> int:
         """What the rank with the least free memory can take: neighbours talk in every call, and all must round alike."""
         rows = latent_size[0] if slab is None else max(slab.counts)
-        split = self._frames_per_call(device, (rows, latent_size[1]))
+        split = self._frames_per_call(device, (rows, latent_size[1]), sharded=slab is not None)
         return split if device.type == "cpu" else min(n for (n,) in self._context.gather_numbers([split]))
 
-    def _frames_per_call(self, device: torch.device, latent_size: tuple[int, int]) -> int:
-        if latent_size not in self._splits:
-            self._splits[latent_size] = frames_per_call_for(
-                device, self._vae, latent_size, counts_idle=not self._own_pool
+    def _frames_per_call(self, device: torch.device, latent_size: tuple[int, int], *, sharded: bool = False) -> int:
+        key, counts_idle = (latent_size, sharded), self._counts_idle()
+        # What the decoder itself holds ready cannot be told from what others do, so then the first answer stays.
+        if counts_idle or key not in self._splits:
+            self._splits[key] = frames_per_call_for(
+                device, self._vae, latent_size, counts_idle=counts_idle, sharded=sharded
             )
-        return self._splits[latent_size]
+        return self._splits[key]
 
     def forget_splits(self) -> None:
         """Ask the device's memory again: it was not enough."""
@@ -108,18 +119,30 @@ def handed_over(frames: Tensor | None, kind: str) -> np.ndarray | Tensor | None:
 
 
 def decode_bytes(
-    device: torch.device, vae: VideoAutoencoder, latent_size: tuple[int, int], num_latent_frames: int
+    device: torch.device,
+    vae: VideoAutoencoder,
+    latent_size: tuple[int, int],
+    num_latent_frames: int,
+    *,
+    sharded: bool = False,
 ) -> int:
     """Peak of one decoder call in bytes, set by its last level; an encoder call of as many frames needs no more."""
     channels = vae.config.decoder_base_dim or vae.config.base_dim
     size = vae.dtype.itemsize
     unit = channels * latent_size[0] * latent_size[1] * 64 * 4 * size
-    per_frame = _UNITS_PER_FRAME if ops.serves(device) else _PLAIN_UNITS_PER_FRAME[size]
+    per_frame = _SHARDED_UNITS_PER_FRAME if sharded else _UNITS_PER_FRAME
+    if not ops.serves(device):
+        per_frame = max(per_frame, _PLAIN_UNITS_PER_FRAME[size])
     return int(unit * (per_frame * num_latent_frames + _UNITS_FIXED))
 
 
 def frames_per_call_for(
-    device: torch.device, vae: VideoAutoencoder, latent_size: tuple[int, int], *, counts_idle: bool = True
+    device: torch.device,
+    vae: VideoAutoencoder,
+    latent_size: tuple[int, int],
+    *,
+    counts_idle: bool = True,
+    sharded: bool = False,
 ) -> int:
     """How many latent frames after the first to decode at once: on a GPU as many as fit its free memory.
 
@@ -130,4 +153,6 @@ def frames_per_call_for(
     free, _ = torch.cuda.mem_get_info(device)
     if counts_idle:
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return next((split for split in _SPLITS if decode_bytes(device, vae, latent_size, split) < 0.9 * free), 1)
+    return next(
+        (split for split in _SPLITS if decode_bytes(device, vae, latent_size, split, sharded=sharded) < 0.9 * free), 1
+    )

@@ -162,7 +162,9 @@ class ForwardGraphs:
 
     def _keep(self, key: tuple[object, ...], found: _Recording) -> None:
         if len(self._recordings) == _RECORDINGS_KEPT:
-            self._recordings.pop(next(iter(self._recordings)))
+            dropped = next(iter(self._recordings))
+            self._recordings.pop(dropped)
+            self._uses[dropped] = 0  # it has to come often once more
         self._recordings[key] = found
         used = {recording.texts for recording in self._recordings.values()}
         self._texts = {texts: buffers for texts, buffers in self._texts.items() if texts in used}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 Frames = list[Tensor | None]
-_STEPS_AHEAD = 2
+_STEPS_AHEAD = 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,7 +44,7 @@ class Lane(Protocol):
 
 
 class Pace:
-    """Called after every step: keeps the host at most two steps ahead of the device.
+    """Called after every step: lets the host enqueue one step while the device is at another, and no more.
 
     A recorded forward is one launch, so the host could enqueue a whole chunk in no time, and a cancel would come too late.
     """

@@ -13,7 +13,7 @@ import torch
 from helios_engine.engine.checkpoint import Checkpoint
 from helios_engine.engine.devices import resolve_device, resolve_dtype
 from helios_engine.engine.frames import decode_bytes, frames_per_call_for
-from helios_engine.engine.graphs import why_not_graphs
+from helios_engine.engine.graphs import USES_BEFORE, why_not_graphs
 from helios_engine.engine.plan import Plan
 from helios_engine.model.reuse import Approximations
 from helios_engine.model.text import TextEncoder
@@ -93,7 +93,7 @@ def estimate_memory(
         weights -= products * (dtype.itemsize - 1)
     kept = branches * model.num_layers * plan.history_tokens * 2 * model.dim * dtype.itemsize if refresh > 1 else 0
     text_keys_values = branches * model.num_layers * text_tokens * 2 * model.dim * dtype.itemsize
-    records = _records(config, num_ranks)
+    records = _records(config, plan, num_ranks)
     if records:
         text_keys_values *= 2  # recordings read a copy of their own
     if not keeps_text:
@@ -127,8 +127,12 @@ def has_room_for_text(checkpoint: Checkpoint, config: EngineConfig, device: torc
     return needed < 0.9 * torch.cuda.get_device_properties(device).total_memory
 
 
-def _records(config: EngineConfig, num_ranks: int) -> bool:
-    """Whether forwards are recorded."""
+def _records(config: EngineConfig, plan: Plan, num_ranks: int) -> bool:
+    """Whether forwards are recorded in the course of a video: by default once a stage has come often."""
+    later = 2**31 if plan.num_chunks is None else plan.num_chunks - 1
+    steps = zip(plan.first_schedules, plan.schedules, strict=True)
+    if not config.cuda_graphs and max(f.num_steps + later * s.num_steps for f, s in steps) <= USES_BEFORE:
+        return False
     refresh, block_cache, _ = config.approximations
     reason = why_not_graphs(
         resolve_device(config.device),
@@ -174,7 +178,7 @@ def _advice(checkpoint: Checkpoint, config: EngineConfig, plan: Plan | None, num
         changes = changes[1:]
     if plan is None:
         new = (c for c in changes if any(getattr(config, name) != value for name, value in c.items()))
-        flags = next(map(_flags, new), None)
+        flags = next((_flags(config, change) for change in new), None)
         return f"the device's memory does not suffice; {flags} needs far less" if flags else _NOTHING_HELPS
     changes = [
         {"overlap_decode": False},
@@ -186,7 +190,7 @@ def _advice(checkpoint: Checkpoint, config: EngineConfig, plan: Plan | None, num
         return estimate_memory(checkpoint, plan, settings, _USUAL_TEXT_TOKENS, num_ranks=num_ranks).peak / 1e9
 
     own = needs(config)
-    found = [(needs(_changed(config, change)), _flags(change)) for change in changes]
+    found = [(needs(_changed(config, change)), _flags(config, change)) for change in changes]
     found = [(less, flags) for less, flags in found if less < own]
     if not found:
         return _NOTHING_HELPS
@@ -206,7 +210,9 @@ def _device_gb(config: EngineConfig) -> float:
     return torch.cuda.get_device_properties(device).total_memory / 1e9 if device.type == "cuda" else math.inf
 
 
-def _flags(change: dict[str, object]) -> str:
+def _flags(config: EngineConfig, change: dict[str, object]) -> str:
+    if "offload" in change and config.approximations[2]:
+        change = {**change, "fp8": False}
     return " ".join(_flag(*setting) for setting in change.items())
 
 

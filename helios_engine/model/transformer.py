@@ -7,6 +7,7 @@ Source: arXiv 2603.04379; Diffusers HeliosTransformer3DModel.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Generator
 from dataclasses import dataclass
 
@@ -87,11 +88,8 @@ class Transformer(nn.Module):
         if by_parts:
             parts = [part for part in self.blocks[0].parts() if text_ring is None or part != "cross_kv"]
             for index, block in enumerate(self.blocks):
-                block.fetch = functools.partial(self._fetch, index * len(parts), parts)
-
-    def _fetch(self, first: int, parts: list[str], part: str) -> None:
-        if part in parts:
-            self._ring.use(first + parts.index(part))
+                # Weakly, or blocks and ring would keep each other.
+                block.fetch = functools.partial(_fetch, weakref.ref(ring), index * len(parts), parts)
 
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Compile the parts of a block that talk to no other rank; once for each shape of each stage, then for all blocks."""
@@ -381,6 +379,11 @@ class Transformer(nn.Module):
         """Drop what was computed from the weights; call after changing them."""
         self._history_rows = None
         self.embed._time_cache.clear()
+
+
+def _fetch(ring: weakref.ref[WeightRing], first: int, parts: list[str], part: str) -> None:
+    if part in parts:
+        ring().use(first + parts.index(part))
 
 
 def _results(branches: list[Generator[None, None, Tensor]], *, side_by_side: bool) -> list[Tensor]:

@@ -89,8 +89,10 @@ def quantize_rows(x_BLD: Tensor) -> tuple[Tensor, Tensor]:
     """
     wide = x_BLD.float()
     top = wide.abs().amax(dim=-1, keepdim=True).clamp_min(1e-12)
-    factor = torch.full_like(top, 448.0) / top  # 448.0 / top would be a reciprocal and a product, rounded twice
-    return (wide * factor).to(torch.float8_e4m3fn), top / 448.0
+    largest = torch.full_like(
+        top, 448.0
+    )  # with a plain number torch takes reciprocals, and products of them round twice
+    return (wide * (largest / top)).to(torch.float8_e4m3fn), top / largest
 
 
 def qk_rms_norm_rope_(

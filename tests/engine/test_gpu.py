@@ -142,7 +142,6 @@ def test_a_recording_that_fails_leaves_nothing_behind(toy, monkeypatch) -> None:
     assert engine.maker.graphs.why_given_up is not None
     assert torch.equal(video.latents, expected.latents)
     assert torch.cuda.current_stream() == stream
-    assert torch.randn(8, device="cuda").isfinite().all()
 
 
 def test_frames_arrive_on_the_host_and_stay_on_the_device(toy) -> None:

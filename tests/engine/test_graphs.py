@@ -131,6 +131,18 @@ def test_a_shape_is_recorded_when_it_has_come_often(engines) -> None:
     assert recorder.num_replays == 2, "the fifth of six forwards is recorded and compared, the sixth replayed"
 
 
+def test_a_dropped_shape_has_to_come_often_again(engines, monkeypatch) -> None:
+    monkeypatch.setattr("helios_engine.engine.graphs._RECORDINGS_KEPT", 1)
+    engine, recorder = engines("base"), Rerun()
+    engine.maker.graphs = ForwardGraphs(engine.transformer, recorder, uses_before=2)
+    try:
+        for width, recordings in [*[(64, 0)] * 2, (64, 1), *[(80, 1)] * 2, (80, 2), *[(64, 2)] * 2, (64, 3)]:
+            engine.generate(VideoRequest(prompt="x", num_frames=33, height=64, width=width, steps=1))
+            assert recorder.num_recordings == recordings
+    finally:
+        engine.maker.graphs = None
+
+
 def test_recordings_give_way_when_memory_runs_out(engines, recorded, monkeypatch, caplog) -> None:
     expected = engines("distilled").generate(_request("distilled"))
     engine, _ = recorded("distilled")

@@ -393,7 +393,7 @@ def test_the_mildest_way_out_comes_first(toy: Path) -> None:
         "while it runs": (beside, plan, "--no-overlap-decode needs about"),
         "while weights are loaded": (beside, None, "--offload group needs far less"),
         "in line": (in_line, plan, "--offload group needs about"),
-        "8-bit products": (EngineConfig(device="cpu", quality="fast"), plan, "--offload group needs about"),
+        "8-bit products": (EngineConfig(device="cpu", quality="fast"), plan, "--offload group --no-fp8 needs about"),
         "streamed already": (EngineConfig(device="cpu", offload="group"), None, "--vae-dtype bfloat16 needs far less"),
     }
     for when, (config, planned, expected) in advice.items():

@@ -314,9 +314,10 @@ def test_closing_a_batch_early_closes_its_sessions(engines) -> None:
     assert list(rounds) == []
 
 
-def test_an_engine_let_go_of_is_gone(toy) -> None:
+@pytest.mark.parametrize("settings", [{}, {"offload": "group", "offload_level": "leaf"}, {"offload": "model"}], ids=str)
+def test_an_engine_let_go_of_is_gone(toy, settings: dict) -> None:
     """Without a collection of cycles: its weights are too large to wait for one."""
-    engine = Engine.load(toy / "base", EngineConfig(device="cpu"))
+    engine = Engine.load(toy / "base", EngineConfig(device="cpu", **settings))
     engine.generate(_request(num_frames=33, steps=1))
     watched = weakref.ref(engine.transformer)
     gc.disable()
