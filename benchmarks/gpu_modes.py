@@ -25,6 +25,7 @@ APPROXIMATIONS: dict[str, dict[str, object]] = {
     "history_refresh 2": {"history_refresh": 2},
     "block_cache 0.1": {"block_cache": 0.1},
     "fp8": {"fp8": True},
+    "fa3_fp8": {"attention_backend": "fa3_fp8"},
     "high": {"quality": "high"},
     "fast": {"quality": "fast"},
 }

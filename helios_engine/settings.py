@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-ATTENTION_BACKENDS = ("auto", "fa3", "fa4", "fa2", "cudnn", "flash", "sdpa")
+ATTENTION_BACKENDS = ("auto", "fa3", "fa4", "fa2", "cudnn", "flash", "sdpa", "fa3_fp8")
 EXCHANGES = ("packed", "xfuser")
 RING_METHODS = ("rotate", "allgather")
 TEXT_ENCODER_RANKS = ("first", "all")
@@ -70,7 +70,7 @@ class EngineConfig:
     attention_backend: str = field(
         default="auto",
         metadata={
-            "help": "auto takes the fastest exact one; naming one that cannot run is an error",
+            "help": "auto takes the fastest exact one; naming one that cannot run is an error; fa3_fp8 is approximate",
             "choices": ATTENTION_BACKENDS,
         },
     )
@@ -225,4 +225,5 @@ def describe_approximations(config: EngineConfig) -> str:
     refresh, cache, fp8 = config.approximations
     parts = [f"history refresh every {refresh} steps"] * (refresh > 1)
     parts += [f"block cache {cache:g}"] * (cache > 0) + ["fp8 products"] * fp8
+    parts += ["fp8 attention"] * (config.attention_backend == "fa3_fp8")
     return ", ".join(parts) or "none"

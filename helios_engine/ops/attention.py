@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import logging
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -31,6 +33,7 @@ _PACKAGES = {
     "fa3": (("fa3_fwd_interface", "flash_attn_interface"), "fa3_fwd", "return_attn_probs"),
     "fa4": (("flash_attn.cute",), "flash-attn-4", "return_lse"),
 }
+_PACKAGES["fa3_fp8"] = _PACKAGES["fa3"]  # approximate, so never chosen by itself
 
 
 class Attention:
@@ -75,7 +78,7 @@ def attention_candidates(*, device: torch.device, dtype: torch.dtype, head_dim: 
 
     On a GPU FlashAttention-3 (Hopper, bfloat16, package installed), then torch's attention with cuDNN before flash (cuDNN
     is 1.7 to 2.3 times faster on Hopper than torch's own default order, transformers issue 48163); elsewhere torch's own.
-    FlashAttention-2 and -4 run when asked for.
+    FlashAttention-2 and -4 run when asked for, and so does FlashAttention-3 in 8 bits, which is approximate.
     """
     found = []
     for candidate in ("fa3", "cudnn", "flash") if device.type == "cuda" else ():
@@ -157,8 +160,8 @@ def _refusal(name: str, device: torch.device, dtype: torch.dtype, head_dim: int)
         try:
             _import_flash_attention(name)
         except (ImportError, AttributeError) as error:
-            return f"FlashAttention-{name[-1]} cannot be imported ({error}); pip install {_PACKAGES[name][1]}"
-    if name == "fa3" and (capability[0] != 9 or dtype != torch.bfloat16):
+            return f"FlashAttention-{name[2]} cannot be imported ({error}); pip install {_PACKAGES[name][1]}"
+    if name in ("fa3", "fa3_fp8") and (capability[0] != 9 or dtype != torch.bfloat16):
         return f"it needs bfloat16 on a Hopper GPU (sm_90), this is {dtype} on sm_{capability[0]}{capability[1]}"
     if name == "fa4" and capability[0] < 9:
         return f"it needs sm_90 or newer, this is sm_{capability[0]}{capability[1]}"
@@ -234,8 +237,28 @@ def _is_installed(module: str) -> bool:
         return False
 
 
+def quantize_heads(x_BLHK: Tensor) -> tuple[Tensor, Tensor]:
+    """(x in e4m3, what to multiply it by, [B, H] float32): every head's largest magnitude at e4m3's largest number, 448.
+
+    16-bit x is scaled in its own dtype, so that little is moved: one reduction, one product, one cast.
+    """
+    top_BH = torch.linalg.vector_norm(x_BLHK, ord=math.inf, dim=(1, 3), dtype=torch.float32).clamp_min(1e-12)
+    factor_BH = (torch.full_like(top_BH, 448.0) / top_BH).to(x_BLHK.dtype)
+    return (x_BLHK * factor_BH[:, None, :, None]).to(torch.float8_e4m3fn), factor_BH.float().reciprocal()
+
+
+def _in_eight_bits(
+    flash_attn_func: Callable[..., object], q_BLHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor, **more: object
+) -> object:
+    """FlashAttention-3 on e4m3 operands with a scale per head; its result is bfloat16."""
+    (q, q_scale), (k, k_scale), (v, v_scale) = map(quantize_heads, (q_BLHK, k_BMHK, v_BMHK))
+    return flash_attn_func(q, k, v, q_descale=q_scale, k_descale=k_scale, v_descale=v_scale, **more)
+
+
 def _flash_attention(name: str) -> tuple[Attend, AttendWithLse]:
     flash_attn_func = _import_flash_attention(name)
+    if name == "fa3_fp8":
+        flash_attn_func = functools.partial(_in_eight_bits, flash_attn_func)
     ask_for_lse = {_PACKAGES[name][2]: True}
 
     def attend(q_BLHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor) -> Tensor:

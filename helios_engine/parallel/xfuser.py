@@ -40,6 +40,8 @@ def check(context: ContextParallel, *, num_heads: int, backend: str) -> None:
         reason = "there is one rank, nothing to exchange"
     elif context.size != dist.get_world_size():
         reason = f"its groups span all {dist.get_world_size()} ranks of the process group, this context {context.size}"
+    elif backend not in _BACKENDS:
+        reason = f"it has no attention like {backend}"
     elif num_heads % degrees.ulysses:
         reason = f"it splits heads evenly, and {num_heads} heads do not divide by ulysses degree {degrees.ulysses}"
     elif degrees.ring > 1 and backend in _WITHOUT_LSE:

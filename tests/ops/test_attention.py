@@ -33,7 +33,7 @@ def test_no_queries_give_an_empty_result() -> None:
     assert chosen(q, k, v).shape == (2, 0, 3, 16)
 
 
-@pytest.mark.parametrize("name", ["fa2", "fa3", "fa4", "cudnn", "flash"])
+@pytest.mark.parametrize("name", ["fa2", "fa3", "fa4", "cudnn", "flash", "fa3_fp8"])
 def test_a_named_backend_that_cannot_run_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"attention backend {name} cannot run: it needs a CUDA device"):
         attention.choose_attention(name, device=CPU, dtype=torch.bfloat16, head_dim=128)
@@ -120,7 +120,9 @@ def test_flash_attention_4_needs_a_newer_gpu(monkeypatch) -> None:
         attention.choose_attention("fa4", device=torch.device("cuda"), dtype=torch.bfloat16, head_dim=128)
 
 
-@pytest.mark.parametrize(("name", "package"), [("fa2", "flash-attn"), ("fa3", "fa3_fwd"), ("fa4", "flash-attn-4")])
+@pytest.mark.parametrize(
+    ("name", "package"), [("fa2", "flash-attn"), ("fa3", "fa3_fwd"), ("fa3_fp8", "fa3_fwd"), ("fa4", "flash-attn-4")]
+)
 def test_refusal_names_the_missing_package(monkeypatch, name: str, package: str) -> None:
     _pretend_gpu(monkeypatch, (9, 0), ())
     with pytest.raises(ValueError, match=f"pip install {package}"):
@@ -147,3 +149,32 @@ def test_a_backend_whose_trial_call_fails_is_left_out(monkeypatch) -> None:
     assert attention.choose_attention("auto", **gpu).backend == "flash"
     with pytest.raises(ValueError, match="trial call failed"):
         attention.choose_attention("cudnn", **gpu)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_attention_in_eight_bits(monkeypatch, scale: float) -> None:
+    """The stand-in undoes the scales as FlashAttention-3 does, and computes exactly."""
+    _pretend_gpu(monkeypatch, (9, 0), ("fa3_fwd_interface",))
+    exact = sys.modules["fa3_fwd_interface"].flash_attn_func
+
+    def flash_attn_func(q, k, v, *, causal, q_descale, k_descale, v_descale, **more):
+        operands = []
+        for x, descale in ((q, q_descale), (k, k_descale), (v, v_descale)):
+            assert x.dtype == torch.float8_e4m3fn
+            assert descale.shape == (x.size(0), x.size(2))
+            assert descale.dtype == torch.float32
+            assert (x.float().abs().amax(dim=(1, 3)) >= 416).all(), "every head uses the range"
+            operands.append(x.float() * descale[:, None, :, None])
+        return exact(*operands, causal=causal, **more)
+
+    monkeypatch.setattr(sys.modules["fa3_fwd_interface"], "flash_attn_func", flash_attn_func)
+    gpu = {"device": torch.device("cuda"), "dtype": torch.bfloat16, "head_dim": 16}
+    chosen = attention.choose_attention("fa3_fp8", **gpu)
+    assert "fa3_fp8" not in attention.attention_candidates(**gpu)
+    q, k, v = (x.bfloat16() for x in _qkv())
+    v = v * torch.logspace(0, 3, v.size(2))[:, None].bfloat16() * scale  # heads of different sizes
+    expected = attention.choose_attention("sdpa", **gpu)(*(x.float() for x in (q, k, v)))
+    for out in (chosen(q, k, v), chosen.with_lse(q, k, v)[0]):
+        error = (out.float() - expected).norm(dim=(1, 3)) / expected.norm(dim=(1, 3))
+        assert error.max() < 0.1
+        assert error.min() > 1e-4
