@@ -59,7 +59,7 @@ def _request(**changes: object) -> VideoRequest:
 STEPS = {"base": 3, "mid": (1, 2, 1), "distilled": (2, 1, 1)}
 
 
-@pytest.mark.parametrize("patience", [0, 1, 3, 1000])
+@pytest.mark.parametrize("patience", [0, 2, 1000])
 @pytest.mark.parametrize("variant", STEPS)
 def test_overlapped_videos_are_the_same(engines, overlapped, variant: str, patience: int) -> None:
     request = _request(steps=STEPS[variant], num_frames=80)

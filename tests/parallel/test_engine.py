@@ -83,7 +83,8 @@ def test_two_branches_without_guidance_are_refused_on_every_rank(ranks, toy) -> 
     assert all("use cfg degree 1" in text for text in results)
 
 
-def test_the_command_line_starts_its_own_ranks(toy, tmp_path: Path, capfd) -> None:
+def test_the_command_line_starts_its_own_ranks(toy, tmp_path: Path, capfd, monkeypatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of the four
     common = [
         "--model",
         str(toy / "mid"),

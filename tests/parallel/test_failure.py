@@ -171,7 +171,11 @@ def test_a_killed_run_is_resumed(toy, tmp_path) -> None:
     def run(name: str, num_ranks: int, *more: str) -> subprocess.Popen:
         command = _command(toy / "distilled", tmp_path / name / "out.npy", *frames, "--num-gpus", str(num_ranks), *more)
         return subprocess.Popen(
-            [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
+            [sys.executable, *command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},  # five processes at once
         )
 
     kept = str(tmp_path / "kept")
