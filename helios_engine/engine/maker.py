@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 
 import torch
@@ -25,6 +26,8 @@ from helios_engine.request import ChunkTiming, VideoChunk
 from helios_engine.sampling.pyramid import block_noise_factor
 from helios_engine.settings import EngineConfig
 from helios_engine.trace import chunk_span
+
+logger = logging.getLogger(__name__)
 
 
 class ChunkMaker:
@@ -125,7 +128,10 @@ class ChunkMaker:
             work = self._begin(sessions, points)
             while not decoding.is_done() and work.step():
                 pass
-        except (Cancelled, torch.OutOfMemoryError):  # without the decoder beside it, it may have room
+        except Cancelled:
+            return None
+        except torch.OutOfMemoryError:  # without the decoder beside it, it may have room
+            logger.warning("chunk %d is not begun beside the decoder: it leaves too little memory", points[0].index)
             return None
         except Exception as error:
             return Ahead(points, None, error.with_traceback(None))  # which would hold what the step computed
