@@ -25,7 +25,7 @@ from helios_engine.model.context import ChunkContext, StepRows, TextContext
 from helios_engine.model.transformer import Transformer
 
 logger = logging.getLogger(__name__)
-# One GPU saves about a hundredth of a forward by a replay (an estimate from the number of launches), so three forwards come back late;
+# One GPU saves about a hundredth of a forward by a replay (estimated from its launches), so three forwards come back late;
 # several ranks save more, by evener steps.
 USES_BEFORE = 100
 _RECORDINGS_KEPT = 24
