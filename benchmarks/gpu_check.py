@@ -32,6 +32,7 @@ from helios_engine import Engine, EngineConfig, VideoRequest
 from helios_engine.config import LATENT_FRAMES_PER_CHUNK, ModelConfig, Recipe, SchedulerConfig, VaeConfig
 from helios_engine.engine.checkpoint import Checkpoint, make_transformer
 from helios_engine.engine.frames import frames_per_call_for
+from helios_engine.engine.graphs import CudaRecorder, Recorder
 from helios_engine.engine.history import History, stacked_window
 from helios_engine.engine.session import VideoSession
 from helios_engine.model.transformer import init_random_
@@ -167,6 +168,10 @@ def part_sanitize(scale: Scale) -> dict[str, object]:
     return result
 
 
+def _recorder() -> Recorder | None:
+    return CudaRecorder(DEVICE) if DEVICE.type == "cuda" else None
+
+
 def part_dit(scale: Scale) -> dict[str, object]:
     """Milliseconds per forward at the three stages, plain and recorded, over what its parts take alone in this run."""
     engine = make_engine(scale)
@@ -181,12 +186,12 @@ def part_dit(scale: Scale) -> dict[str, object]:
             return time_seconds(work, DEVICE, scale.repeats)
 
         plain = timed(lambda x=latents: engine.transformer(x, 500.0, context))
-        recorded = graph_figures(engine.transformer, latents, context, timed)
+        recorded = graph_figures(engine.transformer, latents, context, timed, _recorder())
         least = roofline_seconds(scale.model, tokens, history, attention, DEVICE, DTYPE, timed)
         stage = {"forward_ms": 1e3 * plain, **{f"least_{name}_ms": 1e3 * value for name, value in least.items()}}
         stage |= {"of_roofline": least["sum"] / plain, **recorded}
-        if "recorded_ms" in recorded:
-            stage["recorded_of_roofline"] = 1e3 * least["sum"] / recorded["recorded_ms"]
+        if "recorded_step_ms" in recorded:
+            stage["recorded_of_roofline"] = 1e3 * least["sum"] / recorded["recorded_step_ms"]
         result[f"{tokens}+{history}"] = stage
     return {**result, "attention": attention.backend, **_peak()}
 

@@ -8,6 +8,7 @@ import math
 import pytest
 
 from benchmarks import gpu_check
+from tests.helpers.recorders import Rerun
 
 QUICK = ("dit", "attention", "engine", "vae")
 SLOW = ("ranks", "offload", "quality", "diffusers", "diffusers_offload", "compiled")
@@ -29,6 +30,14 @@ def test_a_part_measures_something(part: str) -> None:
     numbers = _numbers(figures)
     assert numbers
     assert all(not math.isnan(number) for number in numbers)
+
+
+def test_recorded_steps_are_timed_beside_plain_ones(monkeypatch) -> None:
+    monkeypatch.setattr(gpu_check, "_recorder", Rerun)
+    stages = [figures for figures in gpu_check.part_dit(gpu_check.TINY).values() if isinstance(figures, dict)]
+    assert any("recorded_step_ms" in figures for figures in stages)
+    for figures in stages:
+        assert figures.get("recorded_equal", True) is True
 
 
 def test_every_part_is_here_or_starts_processes_of_its_own() -> None:

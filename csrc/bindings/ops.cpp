@@ -21,17 +21,14 @@ STABLE_TORCH_LIBRARY(helios, m) {
   m.def("merge_partials(Tensor(a!) out, Tensor(b!) lse, Tensor other, Tensor other_lse) -> ()");
   m.def("patch_gather(Tensor latents, Tensor(a!) rows, int[] kernel, int first_row) -> ()");
   m.def(
-      "euler_step(Tensor latents, Tensor velocity, Tensor(a!) out, int[] patch, float delta) -> "
-      "()");
+      "euler_step(Tensor(a!) latents, Tensor velocity, Tensor coefficients, Tensor index, int[] "
+      "patch) -> ()");
   m.def(
-      "dmd_step(Tensor latents, Tensor velocity, Tensor? start, Tensor(a!) out, int[] patch, float "
-      "sigma, "
-      "float sigma_next) -> ()");
+      "dmd_step(Tensor(a!) latents, Tensor velocity, Tensor start, Tensor coefficients, Tensor "
+      "index, int[] patch) -> ()");
   m.def(
-      "unipc_step(Tensor latents, Tensor velocity, Tensor? previous_base, Tensor[] history, "
-      "Tensor(a!) x0, "
-      "Tensor(b!) base, Tensor(c!) out, int[] patch, float sigma, float[] correct, float[] "
-      "predict) -> ()");
+      "unipc_step(Tensor(a!) latents, Tensor velocity, Tensor(b!) history, Tensor(c!) base, Tensor "
+      "coefficients, Tensor index, int[] patch) -> ()");
   m.def(
       "upsample_renoise(Tensor x, Tensor draws, Tensor factor, Tensor(a!) out, float alpha, float "
       "beta, "

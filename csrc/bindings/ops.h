@@ -7,7 +7,6 @@
 namespace helios {
 
 using Ints = std::vector<int64_t>;
-using Floats = std::vector<double>;
 using MaybeTensor = std::optional<Tensor>;
 
 void bind_residual_gate_norm(const Tensor x, const MaybeTensor y, const MaybeTensor gate,
@@ -26,14 +25,13 @@ void bind_merge_partials(const Tensor out, const Tensor lse, const Tensor other,
                          const Tensor other_lse);
 void bind_patch_gather(const Tensor latents, const Tensor rows, const Ints kernel,
                        int64_t first_row);
-void bind_euler_step(const Tensor latents, const Tensor velocity, const Tensor out,
-                     const Ints patch, double delta);
-void bind_dmd_step(const Tensor latents, const Tensor velocity, const MaybeTensor start,
-                   const Tensor out, const Ints patch, double sigma, double sigma_next);
-void bind_unipc_step(const Tensor latents, const Tensor velocity, const MaybeTensor previous_base,
-                     const std::vector<Tensor> history, const Tensor x0, const Tensor base,
-                     const Tensor out, const Ints patch, double sigma, const Floats correct,
-                     const Floats predict);
+void bind_euler_step(const Tensor latents, const Tensor velocity, const Tensor coefficients,
+                     const Tensor index, const Ints patch);
+void bind_dmd_step(const Tensor latents, const Tensor velocity, const Tensor start,
+                   const Tensor coefficients, const Tensor index, const Ints patch);
+void bind_unipc_step(const Tensor latents, const Tensor velocity, const Tensor history,
+                     const Tensor base, const Tensor coefficients, const Tensor index,
+                     const Ints patch);
 void bind_upsample_renoise(const Tensor x, const Tensor draws, const Tensor factor,
                            const Tensor out, double alpha, double beta, bool noise_is_wide);
 void bind_cfg_combine(const Tensor positive, const Tensor negative, const Tensor out,

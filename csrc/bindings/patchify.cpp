@@ -11,15 +11,16 @@ void check_kernel(const Ints& kernel, const char* name) {
 }
 
 SolverStep step_of(SolverStep::Rule rule, const Tensor& latents, const Tensor& velocity,
-                   const Tensor& out, const Ints& patch) {
+                   const Tensor& coefficients, int64_t width, const Tensor& index,
+                   const Ints& patch) {
   SolverStep args{};
   args.rule = rule;
   check_kernel(patch, "patch");
   STD_TORCH_CHECK(latents.dim() == 5, "latents must be [batch, channels, frames, rows, columns]");
-  check_same(latents, velocity, "velocity"), check_same(latents, out, "out"),
-      check_shape(latents, out, "out");
+  check_same(latents, velocity, "velocity"), check_same(latents, coefficients, "coefficients"),
+      check_same(latents, index, "index");
   check_contiguous(latents, "latents"), check_contiguous(velocity, "velocity"),
-      check_contiguous(out, "out");
+      check_contiguous(coefficients, "coefficients");
   check_numel(velocity, latents.numel(), "velocity");
   args.batch = latents.size(0), args.channels = latents.size(1);
   for (int d = 0; d < 3; ++d) {
@@ -27,13 +28,19 @@ SolverStep step_of(SolverStep::Rule rule, const Tensor& latents, const Tensor& v
     STD_TORCH_CHECK(args.size[d] % args.patch[d] == 0, "latents must be a multiple of the patch");
   }
   args.velocity = velocity.const_data_ptr(), args.velocity_dtype = dtype_of(velocity, "velocity");
-  args.latents = latents.const_data_ptr(), args.latents_dtype = dtype_of(latents, "latents");
-  args.out = out.mutable_data_ptr(), args.out_dtype = dtype_of(out, "out");
-  for (const Tensor* x : {&latents, &out}) {
-    const DType dtype = dtype_of(*x, "latents and out");
-    STD_TORCH_CHECK(dtype == DType::kFloat32 || dtype == args.velocity_dtype,
-                    "latents and out must be float32 or of the velocity's dtype");
-  }
+  args.latents = latents.mutable_data_ptr(), args.latents_dtype = dtype_of(latents, "latents");
+  STD_TORCH_CHECK(
+      args.latents_dtype == DType::kFloat32 || args.latents_dtype == args.velocity_dtype,
+      "latents must be float32 or of the velocity's dtype");
+  check_dtype(coefficients, ScalarType::Double, "coefficients");
+  STD_TORCH_CHECK(coefficients.dim() == 2 && coefficients.size(1) == width,
+                  "coefficients must be [steps, ", width, "]");
+  args.coefficients = static_cast<const double*>(coefficients.const_data_ptr());
+  check_dtype(index, ScalarType::Long, "index"), check_numel(index, 1, "index");
+  args.index = static_cast<const int64_t*>(index.const_data_ptr());
+  // On a GPU nobody can look without waiting.
+  STD_TORCH_CHECK(!index.is_cpu() || (*args.index >= 0 && *args.index < coefficients.size(0)),
+                  "index must be below ", coefficients.size(0));
   return args;
 }
 
@@ -65,58 +72,43 @@ void bind_patch_gather(const Tensor latents, const Tensor rows, const Ints kerne
   launch(latents, args, HELIOS_TWINS(patch_gather));
 }
 
-void bind_euler_step(const Tensor latents, const Tensor velocity, const Tensor out,
-                     const Ints patch, double delta) {
-  SolverStep args = step_of(SolverStep::Rule::kEuler, latents, velocity, out, patch);
-  args.scale = delta;
-  if (out.numel() == 0) return;
+void bind_euler_step(const Tensor latents, const Tensor velocity, const Tensor coefficients,
+                     const Tensor index, const Ints patch) {
+  const SolverStep args =
+      step_of(SolverStep::Rule::kEuler, latents, velocity, coefficients, 1, index, patch);
+  if (latents.numel() == 0) return;
   launch(latents, args, HELIOS_TWINS(solver_step));
 }
 
-void bind_dmd_step(const Tensor latents, const Tensor velocity, const MaybeTensor start,
-                   const Tensor out, const Ints patch, double sigma, double sigma_next) {
-  SolverStep args = step_of(SolverStep::Rule::kDmd, latents, velocity, out, patch);
-  args.sigma = sigma, args.scale = sigma_next;
-  if (start.has_value()) {
-    check_same(latents, *start, "start"), check_shape(latents, *start, "start"),
-        check_contiguous(*start, "start");
-    check_dtype(*start, out.scalar_type(), "start");
-    args.start = start->const_data_ptr();
-  }
-  if (out.numel() == 0) return;
+void bind_dmd_step(const Tensor latents, const Tensor velocity, const Tensor start,
+                   const Tensor coefficients, const Tensor index, const Ints patch) {
+  SolverStep args =
+      step_of(SolverStep::Rule::kDmd, latents, velocity, coefficients, 2, index, patch);
+  check_same(latents, start, "start"), check_shape(latents, start, "start"),
+      check_contiguous(start, "start");
+  check_dtype(start, latents.scalar_type(), "start");
+  args.start = start.const_data_ptr();
+  if (latents.numel() == 0) return;
   launch(latents, args, HELIOS_TWINS(solver_step));
 }
 
-void bind_unipc_step(const Tensor latents, const Tensor velocity, const MaybeTensor previous_base,
-                     const std::vector<Tensor> history, const Tensor x0, const Tensor base,
-                     const Tensor out, const Ints patch, double sigma, const Floats correct,
-                     const Floats predict) {
-  SolverStep args = step_of(SolverStep::Rule::kUniPC, latents, velocity, out, patch);
-  const auto state = [&](const Tensor& x, const char* name) {
-    check_same(latents, x, name), check_shape(latents, x, name), check_contiguous(x, name);
-    check_dtype(x, ScalarType::Float, name);
-    return x.data_ptr();
-  };
-  STD_TORCH_CHECK(history.size() <= kMaxHistory, "at most ", kMaxHistory, " earlier steps, got ",
-                  history.size());
-  STD_TORCH_CHECK(correct.size() == history.size() + 2 && predict.size() == history.size() + 2,
-                  "correct (base, current, history) and predict (base, current, history) need ",
-                  history.size() + 2, " numbers each");
-  args.sigma = sigma, args.num_history = static_cast<int>(history.size());
-  args.x0 = static_cast<float*>(state(x0, "x0")),
-  args.base = static_cast<float*>(state(base, "base"));
-  if (previous_base.has_value())
-    args.previous_base = static_cast<const float*>(state(*previous_base, "previous_base"));
-  args.correct_base = static_cast<float>(correct[0]),
-  args.correct_current = static_cast<float>(correct[1]);
-  args.predict_base = static_cast<float>(predict[0]),
-  args.predict[0] = static_cast<float>(predict[1]);
-  for (size_t k = 0; k < history.size(); ++k) {
-    args.history[k] = static_cast<const float*>(state(history[k], "history"));
-    args.correct[k] = static_cast<float>(correct[k + 2]),
-    args.predict[k + 1] = static_cast<float>(predict[k + 2]);
+void bind_unipc_step(const Tensor latents, const Tensor velocity, const Tensor history,
+                     const Tensor base, const Tensor coefficients, const Tensor index,
+                     const Ints patch) {
+  STD_TORCH_CHECK(history.dim() == 6 && history.size(0) > 0,
+                  "history must be [kept, batch, channels, frames, rows, columns]");
+  const int64_t kept = history.size(0);
+  SolverStep args = step_of(SolverStep::Rule::kUniPC, latents, velocity, coefficients, 6 + 2 * kept,
+                            index, patch);
+  for (const Tensor* x : {&history, &base}) {
+    check_same(latents, *x, "history and base"), check_contiguous(*x, "history and base");
+    check_dtype(*x, ScalarType::Float, "history and base");
   }
-  if (out.numel() == 0) return;
+  check_shape(latents, base, "base"), check_numel(history, kept * latents.numel(), "history");
+  args.kept = static_cast<int>(kept);
+  args.history = static_cast<float*>(history.mutable_data_ptr());
+  args.base = static_cast<float*>(base.mutable_data_ptr());
+  if (latents.numel() == 0) return;
   launch(latents, args, HELIOS_TWINS(solver_step));
 }
 

@@ -23,37 +23,34 @@ struct PatchGather {
   DType latents_dtype, rows_dtype;
 };
 
-constexpr int kMaxHistory = 4;
-
-// One step of a solver. The velocity comes as output rows [batch, tokens, pt * ph * pw * channels],
-// channel fastest; latents and outputs are contiguous [batch, channels, frames, rows, columns].
-// velocity may be null: it is zero then.
+// One step of a solver, in place. The velocity comes as output rows [batch, tokens, pt * ph * pw *
+// channels], channel fastest; latents are contiguous [batch, channels, frames, rows, columns].
+// Which step it is and all its numbers are read from memory, so that a recorded launch serves every
+// step.
 struct SolverStep {
   enum class Rule : int {
-    kEuler = 0,  // out = x + scale * v, in float32
-    kDmd = 1,    // x0 = dtype(x - sigma * v) in float64; out = x0, or (1 - scale) * x0 + scale *
-                 // start in float64
-    kUniPC = 2,  // see below, in float32
+    kEuler = 0,  // x += delta * v, in float32; a row is {delta}
+    kDmd = 1,  // x0 = (the velocity's dtype)(x - sigma * v) in float64; x = x0 where sigma_next is
+               // 0, else (1 - sigma_next) * x0 + sigma_next * start; a row is {sigma, sigma_next}
+    kUniPC =
+        2,  // x0 = x - sigma * v; base = x, or where the step corrects correct_base * base +
+            // sum correct[i] * older[i] + correct_x0 * x0; x = predict_base * base + predict_x0
+            // * x0 + sum predict[i] * older[i], in float32; a row is {sigma, corrects,
+            // correct_base, correct_x0, correct[kept], predict_base, predict_x0, predict[kept]}
   };
   Rule rule;
-  const void* velocity;  // of velocity_dtype
-  const void* latents;   // of latents_dtype
-  void* out;             // of out_dtype
-  const void* start;     // kDmd: of out_dtype, or null at a stage's last step
-  double sigma, scale;
-  // kUniPC: x0 = x - sigma * v; base = x, or correct_base * previous_base + sum correct[i] *
-  // history[i] + correct_current * x0; out = predict_base * base + predict[0] * x0 + sum predict[i
-  // + 1] * history[i]. x0 and base are written for the next step.
-  float* x0;
-  float* base;
-  const float* previous_base;         // null without a corrector
-  const float* history[kMaxHistory];  // x0 of earlier steps, newest first
-  float correct[kMaxHistory], predict[kMaxHistory + 1];
-  float correct_base, correct_current, predict_base;
-  int num_history;
+  const void* velocity;        // of velocity_dtype
+  void* latents;               // of latents_dtype
+  const double* coefficients;  // a row per step
+  const std::int64_t* index;   // the step to take
+  const void* start;           // kDmd: of latents_dtype
+  float* base;                 // kUniPC: of the step before; becomes this step's
+  float* history;              // kUniPC: [kept, elements]; step s has its x0 in place s % kept, and
+                               // older[i] is the one of step index - 1 - i
+  int kept;
   std::int64_t batch, channels, size[3];  // of the latents
   std::int64_t patch[3];
-  DType velocity_dtype, latents_dtype, out_dtype;
+  DType velocity_dtype, latents_dtype;
 };
 
 void patch_gather_cpu(const PatchGather& args) noexcept;

@@ -48,8 +48,9 @@ void gather(const PatchGather& args) {
   }
 }
 
-template <typename V, typename L, typename O>
+template <typename V, typename L>
 void step(const SolverStep& args) {
+  const int64_t index = *args.index;
   const int64_t frames = args.size[0], rows = args.size[1], columns = args.size[2];
   const int64_t planes = args.batch * args.channels * frames;
 #pragma omp parallel for schedule(static)
@@ -58,8 +59,8 @@ void step(const SolverStep& args) {
                   b = plane / (frames * args.channels);
     for (int64_t y = 0; y < rows; ++y) {
       for (int64_t x = 0; x < columns; ++x) {
-        step_element<V, L, O>(args, (plane * rows + y) * columns + x,
-                              velocity_at<V>(args, b, c, t, y, x));
+        step_element<V, L>(args, index, (plane * rows + y) * columns + x,
+                           velocity_at<V>(args, b, c, t, y, x));
       }
     }
   }
@@ -77,16 +78,10 @@ void gather_from(const PatchGather& args) {
   }
 }
 
-template <typename V, typename L>
-void step_to(const SolverStep& args) {
-  if (args.out_dtype == DType::kFloat32) return step<V, L, float>(args);
-  step<V, L, V>(args);  // the only other output there is: the velocity's own dtype
-}
-
 template <typename V>
 void step_from(const SolverStep& args) {
-  if (args.latents_dtype == DType::kFloat32) return step_to<V, float>(args);
-  step_to<V, V>(args);
+  if (args.latents_dtype == DType::kFloat32) return step<V, float>(args);
+  step<V, V>(args);  // the only other dtype there is: the velocity's own
 }
 
 }  // namespace

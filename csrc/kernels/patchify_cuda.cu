@@ -37,8 +37,9 @@ __global__ void __launch_bounds__(kThreads) gather(const PatchGather args) {
   }
 }
 
-template <typename V, typename L, typename O>
+template <typename V, typename L>
 __global__ void __launch_bounds__(kThreads) step(const SolverStep args) {
+  const int64_t index = *args.index;
   const int64_t frames = args.size[0], rows = args.size[1], columns = args.size[2];
   const int64_t total = args.batch * args.channels * frames * rows * columns;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < total;
@@ -46,7 +47,7 @@ __global__ void __launch_bounds__(kThreads) step(const SolverStep args) {
     const int64_t x = i % columns, y = i / columns % rows, t = i / (columns * rows) % frames;
     const int64_t c = i / (columns * rows * frames) % args.channels,
                   b = i / (columns * rows * frames * args.channels);
-    step_element<V, L, O>(args, i, velocity_at<V>(args, b, c, t, y, x));
+    step_element<V, L>(args, index, i, velocity_at<V>(args, b, c, t, y, x));
   }
 }
 
@@ -70,20 +71,17 @@ int run_gather(const PatchGather& args, cudaStream_t stream) {
   return static_cast<int>(cudaErrorInvalidValue);
 }
 
-template <typename V, typename L, typename O>
+template <typename V, typename L>
 int step_to(const SolverStep& args, cudaStream_t stream) {
   const int64_t total = args.batch * args.channels * args.size[0] * args.size[1] * args.size[2];
-  launch(step<V, L, O>, blocks_for(total), kThreads, stream, args);
+  launch(step<V, L>, blocks_for(total), kThreads, stream, args);
   return finish();
 }
 
 template <typename V>
 int run_step(const SolverStep& args, cudaStream_t stream) {
-  const bool wide_in = args.latents_dtype == DType::kFloat32,
-             wide_out = args.out_dtype == DType::kFloat32;
-  if (wide_in)
-    return wide_out ? step_to<V, float, float>(args, stream) : step_to<V, float, V>(args, stream);
-  return wide_out ? step_to<V, V, float>(args, stream) : step_to<V, V, V>(args, stream);
+  if (args.latents_dtype == DType::kFloat32) return step_to<V, float>(args, stream);
+  return step_to<V, V>(args, stream);
 }
 
 }  // namespace

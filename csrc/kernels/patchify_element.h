@@ -4,7 +4,6 @@
 template <typename V>
 HELIOS_DEVICE inline float velocity_at(const SolverStep& args, int64_t b, int64_t c, int64_t t,
                                        int64_t y, int64_t x) {
-  if (args.velocity == nullptr) return 0.0f;
   const int64_t pt = args.patch[0], ph = args.patch[1], pw = args.patch[2];
   const int64_t rows = args.size[1] / ph, columns = args.size[2] / pw;
   const int64_t token = ((b * (args.size[0] / pt) + t / pt) * rows + y / ph) * columns + x / pw;
@@ -13,35 +12,45 @@ HELIOS_DEVICE inline float velocity_at(const SolverStep& args, int64_t b, int64_
       static_cast<const V*>(args.velocity)[(token * pt * ph * pw + place) * args.channels + c]);
 }
 
-template <typename V, typename L, typename O>
-HELIOS_DEVICE inline void step_element(const SolverStep& args, int64_t i, float velocity) {
-  const float x = to_float(static_cast<const L*>(args.latents)[i]);
-  O* out = static_cast<O*>(args.out) + i;
+template <typename V, typename L>
+HELIOS_DEVICE inline void step_element(const SolverStep& args, int64_t index, int64_t i,
+                                       float velocity) {
+  L* latents = static_cast<L*>(args.latents) + i;
+  const float x = to_float(*latents);
   if (args.rule == SolverStep::Rule::kEuler) {
-    *out = from_float<O>(x + static_cast<float>(args.scale) * velocity);
+    *latents = from_float<L>(x + static_cast<float>(args.coefficients[index]) * velocity);
     return;
   }
   if (args.rule == SolverStep::Rule::kDmd) {
-    const double exact = static_cast<double>(x) - args.sigma * static_cast<double>(velocity);
+    const double sigma = args.coefficients[2 * index], next = args.coefficients[2 * index + 1];
+    const double exact = static_cast<double>(x) - sigma * static_cast<double>(velocity);
     const float x0 = to_float(from_double<V>(exact));
-    if (args.start == nullptr) {
-      *out = from_float<O>(x0);
+    if (next == 0.0) {
+      *latents = from_float<L>(x0);
       return;
     }
-    const double start = static_cast<double>(to_float(static_cast<const O*>(args.start)[i]));
-    *out = from_double<O>((1.0 - args.scale) * static_cast<double>(x0) + args.scale * start);
+    const double start = static_cast<double>(to_float(static_cast<const L*>(args.start)[i]));
+    *latents = from_double<L>((1.0 - next) * static_cast<double>(x0) + next * start);
     return;
   }
-  const float x0 = x - static_cast<float>(args.sigma) * velocity;
-  float base = x;
-  if (args.previous_base != nullptr) {
-    base = args.previous_base[i] * args.correct_base;
-    for (int k = 0; k < args.num_history; ++k) base += args.history[k][i] * args.correct[k];
-    base += x0 * args.correct_current;
+  const int kept = args.kept;
+  const int64_t elements = args.batch * args.channels * args.size[0] * args.size[1] * args.size[2];
+  const double* row = args.coefficients + index * (6 + 2 * kept);
+  const double *correct = row + 2, *predict = row + 4 + kept;
+  const float x0 = x - static_cast<float>(row[0]) * velocity;
+  const bool corrects = row[1] != 0.0;
+  float base = corrects ? args.base[i] * static_cast<float>(correct[0]) : x;
+  for (int k = 0; corrects && k < kept; ++k) {
+    const float older = args.history[(index + kept - 1 - k) % kept * elements + i];
+    base += older * static_cast<float>(correct[2 + k]);
   }
-  float following = base * args.predict_base + x0 * args.predict[0];
-  for (int k = 0; k < args.num_history; ++k) following += args.history[k][i] * args.predict[k + 1];
-  args.x0[i] = x0;
+  if (corrects) base += x0 * static_cast<float>(correct[1]);
+  float following = base * static_cast<float>(predict[0]) + x0 * static_cast<float>(predict[1]);
+  for (int k = 0; k < kept; ++k) {
+    const float older = args.history[(index + kept - 1 - k) % kept * elements + i];
+    following += older * static_cast<float>(predict[2 + k]);
+  }
+  args.history[index % kept * elements + i] = x0;
   args.base[i] = base;
-  *out = from_float<O>(following);
+  *latents = from_float<L>(following);
 }

@@ -172,10 +172,12 @@ void test_patches_and_steps() {
 
   const std::int64_t grid = 2 * 4 * 6;
   std::vector<float> x = random_floats(channels * grid, 2),
-                     velocity = random_floats(channels * grid, 3), next(x.size());
+                     velocity = random_floats(channels * grid, 3), next = x;
+  const double deltas[] = {9.0, -0.25};
+  const std::int64_t second = 1;
   SolverStep step{};
-  step.rule = SolverStep::Rule::kEuler, step.scale = -0.25;
-  step.latents = x.data(), step.velocity = velocity.data(), step.out = next.data();
+  step.rule = SolverStep::Rule::kEuler, step.coefficients = deltas, step.index = &second;
+  step.latents = next.data(), step.velocity = velocity.data();
   step.batch = 1, step.channels = channels, step.size[0] = 2, step.size[1] = 4, step.size[2] = 6;
   step.patch[0] = 1, step.patch[1] = step.patch[2] = 2;
   solver_step_cpu(step);

@@ -14,13 +14,15 @@ from torch import Tensor
 
 from helios_engine.config import LATENT_FRAMES_PER_CHUNK, SchedulerConfig
 from helios_engine.engine.control import Control
-from helios_engine.engine.devices import to_device
 from helios_engine.engine.plan import Plan
+from helios_engine.engine.stage import Guidance, Stage
 from helios_engine.model.context import ChunkContext
 from helios_engine.model.reuse import Approximations, Reuse
 from helios_engine.model.transformer import Transformer
-from helios_engine.sampling import guidance, pyramid
+from helios_engine.ops.pinned import to_device
+from helios_engine.sampling import pyramid
 from helios_engine.sampling.noise import NoiseSource
+from helios_engine.sampling.schedule import StageSchedule
 from helios_engine.sampling.solver import make_solver
 from helios_engine.trace import span
 
@@ -41,9 +43,7 @@ class ChunkJob:
     may_rest: bool  # between steps
     pace: Callable[[], None]  # called after every step; may wait for the device
     approximations: Approximations
-    forward: Callable[[Tensor, float, ChunkContext], tuple[Tensor, ...]] | None = (
-        None  # instead of the transformer's own
-    )
+    take_step: Callable[[Stage], None]  # a stage's next step, recorded or plain
 
 
 class ChunkWork:
@@ -86,22 +86,39 @@ def _denoise(
                 alpha, beta = pyramid.renoise_weights(schedule.ori_start_sigma, scheduler.gamma)
                 draws = _block_draws(latents, job)
                 latents = pyramid.enlarge(latents, draws, noise_factor, alpha=alpha, beta=beta, dtype=dtype)
-            reuse = None
-            if job.approximations.any:
-                reuse = Reuse(job.approximations, len(job.context.texts), len(transformer.blocks))
-            solver = make_solver(scheduler, schedule, latents, transformer.config.patch_size)
-            for step, timestep in enumerate(schedule.timesteps):
+            work = _stage(transformer, scheduler, schedule, job, latents)
+            for step in range(schedule.num_steps):
                 job.control.check()
                 with span("step"):
-                    velocity = _velocity(transformer, job, latents, stage, step, timestep, reuse)
-                    latents = solver.step(latents, velocity, step)
-                job.on_step(stage, step, latents)
+                    if plan.holds_still(stage, step):
+                        work.hold_still()
+                    else:
+                        job.take_step(work)
+                job.on_step(stage, step, work.solver.latents)
                 job.pace()
                 if job.may_rest:
                     ranges.close()
                     yield
                     ranges.enter_context(span(f"stage {stage}"))
+            latents = work.solver.result(dtype)
     return latents.float()
+
+
+def _stage(
+    transformer: Transformer, scheduler: SchedulerConfig, schedule: StageSchedule, job: ChunkJob, start: Tensor
+) -> Stage:
+    recipe, reuse = job.plan.recipe, None
+    if job.approximations.any:
+        reuse = Reuse(job.approximations, len(job.context.texts), len(transformer.blocks))
+    shown = [float(int(timestep)) if recipe.integer_timesteps else timestep for timestep in schedule.timesteps]
+    return Stage(
+        transformer,
+        make_solver(scheduler, schedule, start, transformer.config.patch_size),
+        times=transformer.embed.times(shown),
+        context=job.context,
+        guidance=Guidance(recipe.guidance_scale, recipe.cfg_zero_star) if job.plan.is_guided else None,
+        reuse=reuse,
+    )
 
 
 def _initial_noise(transformer: Transformer, job: ChunkJob) -> Tensor:
@@ -115,28 +132,3 @@ def _block_draws(latents_BCTHW: Tensor, job: ChunkJob) -> Tensor:
     """Normal draws [B * C * T * H * W, 4], a block each, every video's from its own source."""
     num_blocks = latents_BCTHW[0].numel()
     return to_device(torch.cat([source.normal(num_blocks, 4) for source in job.noise]), latents_BCTHW.device)
-
-
-def _velocity(
-    transformer: Transformer,
-    job: ChunkJob,
-    latents: Tensor,
-    stage: int,
-    step: int,
-    timestep: float,
-    reuse: Reuse | None,
-) -> Tensor:
-    """The (guided) velocity as output rows [B, N, C * patch] in the model's dtype."""
-    plan = job.plan
-    weight = transformer.project_out.weight
-    if plan.holds_still(stage, step):
-        return weight.new_zeros(latents.size(0), latents[0].numel() // weight.size(0), weight.size(0))
-    shown = float(int(timestep)) if plan.recipe.integer_timesteps else timestep
-    if job.forward is not None and reuse is None:
-        rows = job.forward(latents.to(weight.dtype), shown, job.context)
-    else:
-        rows = transformer(latents.to(weight.dtype), shown, job.context, reuse)
-    if not plan.is_guided:
-        return rows[0]
-    recipe = plan.recipe
-    return guidance.combine(*rows, scale=recipe.guidance_scale, zero_star=recipe.cfg_zero_star)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from helios_engine.settings import EngineConfig
 
@@ -20,13 +19,6 @@ def resolve_device(name: str) -> torch.device:
                 f"device {name} is not there: this torch sees {count} CUDA devices; use cpu or another one"
             )
     return device
-
-
-def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """A tensor on the device without waiting for it: a GPU takes it from pinned memory, in the stream's order."""
-    if device.type != "cuda" or x.device.type != "cpu":
-        return x.to(device)
-    return x.pin_memory().to(device, non_blocking=True)
 
 
 def resolve_dtype(config: EngineConfig) -> torch.dtype:

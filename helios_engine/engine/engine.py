@@ -22,7 +22,7 @@ from helios_engine.engine.chunk import StepCallback
 from helios_engine.engine.control import Control
 from helios_engine.engine.devices import resolve_device, resolve_dtype
 from helios_engine.engine.frames import FrameCodec
-from helios_engine.engine.graphs import USES_BEFORE, CudaRecorder, ForwardGraphs, why_not_graphs
+from helios_engine.engine.graphs import USES_BEFORE, CudaRecorder, StepGraphs, why_not_graphs
 from helios_engine.engine.history import History
 from helios_engine.engine.lane import make_lane, why_not_overlapped
 from helios_engine.engine.maker import ChunkMaker
@@ -375,7 +375,7 @@ class Engine:
             own = torch.empty(shape, dtype=self.dtype, device=self.device)
         return own if self.config.text_encoder_ranks == "all" else self.context.broadcast(own, "text")
 
-    def _make_graphs(self) -> ForwardGraphs | None:
+    def _make_graphs(self) -> StepGraphs | None:
         reason = why_not_graphs(
             self.device,
             exchanges=self.context.exchanges,
@@ -386,10 +386,10 @@ class Engine:
         )
         if reason is not None:
             if self.config.cuda_graphs:
-                logger.warning("forwards are not recorded as CUDA graphs: %s", reason)
+                logger.warning("steps are not recorded as CUDA graphs: %s", reason)
             return None
         uses_before = 0 if self.config.cuda_graphs else USES_BEFORE
-        return ForwardGraphs(self.transformer, CudaRecorder(self.device), uses_before=uses_before)
+        return StepGraphs(self.transformer, CudaRecorder(self.device), uses_before=uses_before)
 
     def _can_overlap(self) -> bool:
         config = self.config

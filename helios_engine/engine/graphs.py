@@ -1,10 +1,10 @@
-"""A forward per stage shape, recorded once and replayed: the host then launches one thing instead of hundreds.
+"""A step per stage shape, recorded once and replayed: the host then launches one thing instead of hundreds.
 
-What changes from call to call lives in buffers of fixed address and is copied in before a replay: the latents and the
-timestep's rows at every step, history and prompt when they are other ones than last time. The solver's step stays outside, a
-single launch whose coefficients are the host's, so callbacks, cancelling and checksums between steps work as ever.
+A recording holds one forward, guidance and the solver's step, and reads which step it is from device memory. A stage moves
+into the recording's buffers of fixed address for its first replay and stays until another stage needs them, so between
+replays there is nothing to copy, and callbacks, cancelling and checksums between steps work as ever.
 
-A recording is made on buffers of zeros and its first replay, on the step at hand, is held against a plain forward. Where it
+A recording is made on buffers of zeros and its first replay, of the step at hand, is held against the plain step. Where it
 cannot be made, or has other numbers, everything goes on without recordings, and that is said. Recording costs about three
 forwards, so a shape has to come often before it is worth it.
 """
@@ -12,17 +12,20 @@ forwards, so a shape has to come often before it is worth it.
 from __future__ import annotations
 
 import logging
+import math
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from helios_engine.model.context import ChunkContext, StepRows, TextContext
+from helios_engine.engine.stage import Stage
+from helios_engine.model.context import ChunkContext, TextContext
 from helios_engine.model.transformer import Transformer
+from helios_engine.sampling.solver import Solver
 
 logger = logging.getLogger(__name__)
 # One GPU saves about a hundredth of a forward by a replay (estimated from its launches), so three forwards come back late;
@@ -30,6 +33,7 @@ logger = logging.getLogger(__name__)
 USES_BEFORE = 100
 _RECORDINGS_KEPT = 24
 _SHAPES_COUNTED = 256
+_STEPS = 64  # rows that a recording's tables grow by
 _TOLERANCE = 0.01  # relative; libraries may round otherwise while they are recorded, a buffer not filled is far off
 
 
@@ -72,24 +76,41 @@ class CudaRecorder:
 
 @dataclass(slots=True)
 class _Recording:
-    """One recorded shape: its fixed buffers and whose history they hold."""
+    """One recorded shape: a stage of fixed buffers, and the stage that lives in them."""
 
-    latents: Tensor
-    rows: StepRows
-    context: ChunkContext
-    replay: Callable[[], None]
-    outputs: tuple[Tensor, ...]
-    texts: tuple[object, ...]  # whose buffers it reads, see ForwardGraphs._texts
+    stage: Stage
+    texts: tuple[object, ...]  # whose buffers it reads, see StepGraphs._texts
     table: Tensor  # of rotations, which it reads where the transformer keeps it
-    holds: weakref.ref[ChunkContext] | None = None
+    replay: Callable[[], None] = lambda: None
+    outputs: tuple[Tensor, ...] = ()
+    tenant: weakref.ref[Stage] | None = None
+    own: Solver | None = None  # the tenant's, to move back into
+
+    def let_to(self, stage: Stage) -> None:
+        """Have the stage's numbers in the fixed buffers; who lives there moves out."""
+        if self.tenant is not None:
+            tenant = self.tenant()
+            if tenant is stage:
+                return
+            if tenant is not None:
+                _copy(self.own.state(), self.stage.solver.state())
+                tenant.solver = self.own
+        self.fill(stage, stage.solver.state())
+        self.tenant, self.own, stage.solver = weakref.ref(stage), stage.solver, self.stage.solver
+
+    def fill(self, stage: Stage, state: Sequence[Tensor]) -> None:
+        """All of a stage but its prompts; state is its solver's."""
+        _copy(self.stage.solver.state(), state)
+        _copy(_tables(self.stage), _tables(stage))
+        _copy(_history(self.stage.context), _history(stage.context))
 
 
 class _NotRecorded(Exception):
     """On no rank: all of them know, and go on without."""
 
 
-class ForwardGraphs:
-    """Transformer.forward for latents and contexts of shapes that come again and again; the same numbers.
+class StepGraphs:
+    """Stage.step for stages of shapes that come again and again; the same numbers.
 
     Where several ranks exchange inside a forward, their exchanges are recorded with it, and all ranks replay or none.
     """
@@ -108,30 +129,31 @@ class ForwardGraphs:
         """Whether there is anything to forget."""
         return bool(self._recordings or self._texts)
 
-    def __call__(self, latents: Tensor, timestep: float, context: ChunkContext) -> tuple[Tensor, ...]:
-        """One velocity per prompt. They are overwritten by the next call."""
-        rows = self._transformer.step_rows(timestep)
-        key = (latents.shape, latents.dtype, *_shapes(context))
+    def __call__(self, stage: Stage) -> None:
+        """The stage's next step."""
+        key = _key(stage)
         if self.why_given_up is None and key in self._recordings:
             found = self._recordings[key] = self._recordings.pop(key)  # to the end: used last
-            return self._replay(found, latents, rows, context)
-        expected = self._transformer.run(latents, rows, context)
-        if self.why_given_up is not None or not self._comes_often(key):
-            return expected
-        try:
-            found = self._record(latents, rows, context)
-            self._compare(found, expected, latents, rows, context)
-        except _NotRecorded as reason:
-            self.give_up(str(reason))
+            found.let_to(stage)
+            self._replay(found, stage)
+        elif self.why_given_up is not None or not self._comes_often(key):
+            stage.step()
         else:
-            self._keep(key, found)
-        return expected
+            before = [tensor.clone() for tensor in stage.solver.state()]
+            expected = stage.step()
+            try:
+                found = self._record(stage)
+                self._compare(found, stage, before, expected)
+            except _NotRecorded as reason:
+                self.give_up(str(reason))
+            else:
+                self._keep(key, found)
 
     def give_up(self, reason: str) -> None:
         """Go on without recordings for good."""
         self.why_given_up = reason
         self.forget()
-        logger.warning("forwards are not recorded as CUDA graphs: %s; the numbers stay the same", reason)
+        logger.warning("steps are not recorded as CUDA graphs: %s; the numbers stay the same", reason)
 
     def _comes_often(self, key: tuple[object, ...]) -> bool:
         if len(self._uses) == _SHAPES_COUNTED:
@@ -139,21 +161,17 @@ class ForwardGraphs:
         self._uses[key] += 1
         return self._uses[key] > self._uses_before
 
-    def _compare(
-        self,
-        found: _Recording,
-        expected: tuple[Tensor, ...],
-        latents: Tensor,
-        rows: StepRows,
-        context: ChunkContext,
-    ) -> None:
-        """Raise _NotRecorded unless a replay has a plain forward's numbers."""
+    def _compare(self, found: _Recording, stage: Stage, before: Sequence[Tensor], expected: tuple[Tensor, ...]) -> None:
+        """Raise _NotRecorded unless a replay has the plain step's numbers."""
         problem = ""
         try:
-            outputs = self._replay(found, latents, rows, context)
-            errors = [_relative_error(*pair) for pair in zip(outputs, expected, strict=True)]
+            found.fill(stage, before)
+            self._replay(found, stage)
+            pairs = [*zip(found.outputs, expected, strict=True)]
+            pairs += zip(found.stage.solver.state(), stage.solver.state(), strict=True)
+            errors = [_relative_error(*pair) for pair in pairs]
             if not all(error <= _TOLERANCE for error in errors):  # NaN is no success either
-                problem = f"a replay is {', '.join(f'{error:.2g}' for error in errors)} off a plain forward"
+                problem = f"a replay is {max(errors, key=_badness):.2g} off a plain step"
         except RuntimeError as reason:
             if self._transformer.parallel.size > 1:
                 raise
@@ -174,40 +192,42 @@ class ForwardGraphs:
         if not self._transformer.parallel.all_agree(works):
             raise _NotRecorded("it does not work on another rank" if works else problem)
 
-    def _replay(self, found: _Recording, latents: Tensor, rows: StepRows, context: ChunkContext) -> tuple[Tensor, ...]:
-        _fill(found, latents, rows, context)
-        self._fixed_texts(context).fill(context.texts)
+    def _replay(self, found: _Recording, stage: Stage) -> None:
+        self._fixed_texts(stage.context).fill(stage.context.texts)
         found.replay()
-        return found.outputs
 
     def forget(self) -> None:
         """Drop all recordings and their memory."""
         self._recordings.clear()
         self._texts.clear()
 
-    def _record(self, latents: Tensor, rows: StepRows, context: ChunkContext) -> _Recording:
+    def _record(self, stage: Stage) -> _Recording:
         problem, is_warm = "", False
         try:
-            step_rows = StepRows(torch.zeros_like(rows.blocks), torch.zeros_like(rows.output))
-            blank = _blank(context, self._fixed_texts(context).fixed)
-            fixed = _Recording(
-                *(torch.zeros_like(latents), step_rows, blank, lambda: None, ()),
-                texts=_text_key(context),
-                table=self._transformer.chunk_table(latents),
-            )
-
-            def work() -> tuple[Tensor, ...]:
-                return self._transformer.run(fixed.latents, fixed.rows, fixed.context)
-
-            self._recorder.warm_up(work)
+            found = self._blank(stage)
+            self._recorder.warm_up(found.stage.step)
             is_warm = True
-            fixed.replay, fixed.outputs = self._recorder.record(work)
+            found.stage.solver.index.zero_()
+            found.replay, found.outputs = self._recorder.record(found.stage.step)
         except RuntimeError as error:  # torch's own, out of memory among them
             if self._transformer.parallel.size > 1 and not is_warm:
                 raise  # the others wait for this rank in an exchange
             problem = _said(error)
         self._check(not problem, problem)
-        return fixed
+        return found
+
+    def _blank(self, stage: Stage) -> _Recording:
+        """Buffers of zeros for stages like this one."""
+        context = stage.context
+        parts = (context.history_BlD, context.history_rotation, context.first_qkv)
+        blank = [None if part is None else torch.zeros_like(part) for part in parts]
+        fixed = ChunkContext(context.total_history, *blank, self._fixed_texts(context).fixed)
+        room = _room(stage)
+        return _Recording(
+            Stage(self._transformer, stage.solver.blank(room), stage.times.blank(room), fixed, stage.guidance),
+            texts=_text_key(context),
+            table=self._transformer.chunk_table(stage.solver.latents),
+        )
 
     def _fixed_texts(self, context: ChunkContext) -> _Texts:
         key = _text_key(context)
@@ -235,36 +255,39 @@ class _Texts:
         self._holds = tuple(weakref.ref(layer) for layer in wanted)
 
 
-def _fill(found: _Recording, latents: Tensor, rows: StepRows, context: ChunkContext) -> None:
-    found.latents.copy_(latents)
-    found.rows.blocks.copy_(rows.blocks)
-    found.rows.output.copy_(rows.output)
-    if found.holds is None or found.holds() is not context:
-        for fixed, current in zip(_history(found.context), _history(context), strict=True):
-            fixed.copy_(current)
-        found.holds = weakref.ref(context)
-
-
 def _history(context: ChunkContext) -> list[Tensor]:
     parts = (context.history_BlD, context.history_rotation, context.first_qkv)
     return [part for part in parts if part is not None]
 
 
-def _shapes(context: ChunkContext) -> tuple[object, ...]:
+def _key(stage: Stage) -> tuple[object, ...]:
+    """What stages that one recording serves have in common."""
+    context, solver = stage.context, stage.solver
     present = tuple(getattr(context, field.name) is None for field in fields(context))
     shapes = tuple(part.shape for part in _history(context))
-    return (context.total_history, present, shapes, _text_key(context))
+    state = tuple((tensor.shape, tensor.dtype) for tensor in solver.state())
+    own = (solver.rule, solver.coefficients.size(1), _room(stage), state, stage.guidance)
+    return (*own, context.total_history, present, shapes, _text_key(context))
+
+
+def _room(stage: Stage) -> int:
+    """Steps a recording for this stage has room for: a video's first chunk may take more than the others."""
+    return -(-stage.times.embedding.size(0) // _STEPS) * _STEPS
+
+
+def _tables(stage: Stage) -> tuple[Tensor, ...]:
+    """A row per step each."""
+    return (stage.solver.coefficients, stage.times.embedding, stage.times.rows)
 
 
 def _text_key(context: ChunkContext) -> tuple[object, ...]:
     return tuple(text.keys_values[0].shape for text in context.texts)
 
 
-def _blank(context: ChunkContext, texts: tuple[TextContext, ...]) -> ChunkContext:
-    parts = (context.history_BlD, context.history_rotation, context.first_qkv)
-    return ChunkContext(
-        context.total_history, *(None if part is None else torch.zeros_like(part) for part in parts), texts
-    )
+def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Into targets that may have more rows."""
+    for target, source in zip(targets, sources, strict=True):
+        target[: len(source)].copy_(source)
 
 
 def _said(error: RuntimeError) -> str:
@@ -274,6 +297,10 @@ def _said(error: RuntimeError) -> str:
 def _relative_error(actual: Tensor, expected: Tensor) -> float:
     difference = (actual.float() - expected.float()).norm()
     return (difference / expected.float().norm().clamp_min(1e-12)).item()
+
+
+def _badness(error: float) -> float:
+    return math.inf if math.isnan(error) else error
 
 
 def why_not_graphs(

@@ -13,11 +13,12 @@ from helios_engine.engine.checks import check_same_latents
 from helios_engine.engine.chunk import ChunkJob, ChunkWork
 from helios_engine.engine.control import Cancelled
 from helios_engine.engine.frames import FrameCodec, handed_over
-from helios_engine.engine.graphs import ForwardGraphs
+from helios_engine.engine.graphs import StepGraphs
 from helios_engine.engine.history import stacked_window
 from helios_engine.engine.lane import Decoding, Lane, Pace
 from helios_engine.engine.memory import OutOfMemory, advise_memory
 from helios_engine.engine.session import Ahead, Point, VideoSession
+from helios_engine.engine.stage import Stage
 from helios_engine.model.context import TextContext
 from helios_engine.model.reuse import Approximations
 from helios_engine.model.transformer import Transformer
@@ -47,7 +48,7 @@ class ChunkMaker:
         context: ContextParallel,
         lane: Lane,
         overlaps: bool,
-        graphs: ForwardGraphs | None,
+        graphs: StepGraphs | None,
         approximations: Approximations,
         bring: Callable[[str], None],
     ) -> None:
@@ -149,7 +150,7 @@ class ChunkMaker:
             if checks:
                 check_same_latents(self._context, stage, step, latents)
             if first.on_step is not None:  # asked now: it may be another one than when the chunk was begun
-                first.on_step(stage, step, latents)
+                first.on_step(stage, step, latents.clone())
 
         job = ChunkJob(
             plan=first.plan,
@@ -162,7 +163,7 @@ class ChunkMaker:
             may_rest=self.overlaps,
             pace=Pace(self.lane),
             approximations=self._approximations,
-            forward=self.graphs,
+            take_step=Stage.step if self.graphs is None else self.graphs,
         )
         return ChunkWork(self._transformer, self._checkpoint.scheduler, self._noise_factor, job)
 

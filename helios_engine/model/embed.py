@@ -7,6 +7,7 @@ Source: Diffusers HeliosTransformer3DModel, HeliosTimeTextEmbedding.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,10 +38,18 @@ class HistoryWindow:
 
 @dataclass(frozen=True, slots=True)
 class TimeRows:
-    """One timestep's embedding [D] and its six modulation rows [6, D], in the model's dtype."""
+    """A timestep's embedding [D] and its six modulation rows [6, D], in the model's dtype; or several, [S, D] and [S, 6, D]."""
 
-    embedding_D: Tensor
-    rows_6D: Tensor
+    embedding: Tensor
+    rows: Tensor
+
+    def at(self, index: Tensor) -> TimeRows:
+        """One of several, by a number in device memory, int64 [1]."""
+        return TimeRows(self.embedding.index_select(0, index)[0], self.rows.index_select(0, index)[0])
+
+    def blank(self, count: int) -> TimeRows:
+        """So many, of zeros."""
+        return TimeRows(*(x.new_zeros(count, *x.shape[1:]) for x in (self.embedding, self.rows)))
 
 
 class Embedder(nn.Module):
@@ -111,6 +120,11 @@ class Embedder(nn.Module):
     def time(self, timestep: float) -> TimeRows:
         """The rows of a timestep, computed once: the time MLP reads 425 MB of weights in the 14 B model."""
         return self._time_cache.get(timestep, lambda: self._time(timestep))
+
+    def times(self, timesteps: Sequence[float]) -> TimeRows:
+        """The rows of several timesteps."""
+        each = [self.time(timestep) for timestep in timesteps]
+        return TimeRows(torch.stack([time.embedding for time in each]), torch.stack([time.rows for time in each]))
 
     def _time(self, timestep: float) -> TimeRows:
         half = self.freq_dim // 2

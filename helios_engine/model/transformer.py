@@ -19,7 +19,7 @@ from helios_engine.model import rope
 from helios_engine.model.block import Block, Modulation
 from helios_engine.model.cache import BoundedCache
 from helios_engine.model.context import ChunkContext, StepRows, TextContext
-from helios_engine.model.embed import Embedder, HistoryWindow
+from helios_engine.model.embed import Embedder, HistoryWindow, TimeRows
 from helios_engine.model.offload import WeightRing
 from helios_engine.model.reuse import Reuse
 from helios_engine.ops import native as ops
@@ -151,7 +151,7 @@ class Transformer(nn.Module):
         num_history = history_BlD.size(1)
         first_qkv = None
         if self.config.zero_history_timestep:
-            first = self._modulations(self.step_rows(0.0))[0]
+            first = self._modulations(self._step_rows(self.embed.time(0.0)))[0]
             block = self.block(0)
             normed = block.normed(history_BlD, first, num_history=num_history)
             first_qkv = block.project(normed, rotation, num_history=num_history)
@@ -166,12 +166,13 @@ class Transformer(nn.Module):
         gathered at the end. When two halves of the ranks compute one guidance branch each, both are returned. reuse carries
         what earlier steps of the stage left, for the approximations of model/reuse.py.
         """
-        return self.run(latents_BCTHW, self.step_rows(timestep), context, reuse)
+        return self.run(latents_BCTHW, self.embed.time(timestep), context, reuse)
 
     def run(
-        self, latents_BCTHW: Tensor, step_rows: StepRows, context: ChunkContext, reuse: Reuse | None = None
+        self, latents_BCTHW: Tensor, time: TimeRows, context: ChunkContext, reuse: Reuse | None = None
     ) -> tuple[Tensor, ...]:
-        """forward with the timestep's rows computed before: nothing below depends on a number of the host's."""
+        """forward at a timestep that is embedded already: nothing below depends on a number of the host's."""
+        step_rows = self._step_rows(time)
         if reuse is not None and reuse.uses_history:
             context = ChunkContext(0, None, None, None, context.texts)
         grid = (latents_BCTHW.size(-2) // 2, latents_BCTHW.size(-1) // 2)
@@ -306,17 +307,17 @@ class Transformer(nn.Module):
         h_BND = ops.norm_scale_shift(x_BND, weight_SD, bias_SD, num_history=0, eps=self.config.eps)
         return self.project_out(h_BND)
 
-    def step_rows(self, timestep: float) -> StepRows:
-        """Every norm's rows at a timestep: history stands at 0, noisy tokens at this one."""
-        noisy_rows = self.modulation + self.embed.time(timestep).rows_6D.float()
+    def _step_rows(self, time: TimeRows) -> StepRows:
+        """Every norm's rows: history stands at timestep 0, noisy tokens at this one."""
+        noisy_rows = self.modulation + time.rows.float()
         history_rows = noisy_rows
         if self.config.zero_history_timestep:
             if self._history_rows is None:
-                self._history_rows = self.modulation + self.embed.time(0.0).rows_6D.float()
+                self._history_rows = self.modulation + self.embed.time(0.0).rows.float()
             history_rows = self._history_rows
         rows = torch.stack([history_rows, noisy_rows], dim=2)  # [layers, 6, 2, D]
         rows[:, 1::3] += 1
-        bias, scale = self.output_modulation + self.embed.time(timestep).embedding_D.float()
+        bias, scale = self.output_modulation + time.embedding.float()
         return StepRows(rows, torch.stack([1 + scale, bias]))
 
     def _modulations(self, step_rows: StepRows) -> list[Modulation]:

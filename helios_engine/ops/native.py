@@ -27,7 +27,6 @@ _WANTED = os.environ.get("HELIOS_OPS", "")
 LIBRARY = Path(_WANTED if _WANTED.endswith(".so") else Path(__file__).parent.parent / "libhelios_ops.so")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CFG_BLOCKS = 64  # latents.h
-_MAX_UNIPC_HISTORY = 4  # patchify.h
 
 OPERATORS = (
     *(
@@ -291,58 +290,45 @@ def patch_rows(
     return out
 
 
-def euler_step(latents: Tensor, rows_BND: Tensor, patch: tuple[int, int, int], *, delta: float) -> Tensor:
-    """See reference.euler_step."""
+def euler_step_(
+    latents: Tensor, rows_BND: Tensor, coefficients_S1: Tensor, index: Tensor, patch: tuple[int, int, int]
+) -> None:
+    """See reference.euler_step_."""
     if not _steps_native(latents, rows_BND):
-        return reference.euler_step(latents, rows_BND, patch, delta=delta)
-    out = latents.new_empty(latents.shape, dtype=torch.float32)
-    _run("euler_step", latents, rows_BND, out, list(patch), delta)
-    return out
+        return reference.euler_step_(latents, rows_BND, coefficients_S1, index, patch)
+    _run("euler_step", latents, rows_BND, coefficients_S1, index, list(patch))
+    return None
 
 
-def dmd_step(
+def dmd_step_(
     latents: Tensor,
     rows_BND: Tensor,
-    start: Tensor | None,
+    start: Tensor,
+    coefficients_S2: Tensor,
+    index: Tensor,
     patch: tuple[int, int, int],
-    *,
-    sigma: float,
-    sigma_next: float,
-) -> Tensor:
-    """See reference.dmd_step."""
-    native = _steps_native(latents, rows_BND)
-    if start is not None:
-        native = native and start.is_contiguous() and start.dtype in (torch.float32, rows_BND.dtype)
-    if not native:
-        return reference.dmd_step(latents, rows_BND, start, patch, sigma=sigma, sigma_next=sigma_next)
-    out = latents.new_empty(latents.shape, dtype=rows_BND.dtype if start is None else start.dtype)
-    _run("dmd_step", latents, rows_BND, start, out, list(patch), sigma, sigma_next)
-    return out
+) -> None:
+    """See reference.dmd_step_."""
+    if not (_steps_native(latents, rows_BND) and start.is_contiguous() and start.dtype == latents.dtype):
+        return reference.dmd_step_(latents, rows_BND, start, coefficients_S2, index, patch)
+    _run("dmd_step", latents, rows_BND, start, coefficients_S2, index, list(patch))
+    return None
 
 
-def unipc_step(
+def unipc_step_(
     latents: Tensor,
     rows_BND: Tensor,
-    previous_base: Tensor | None,
-    history: Sequence[Tensor],
+    history_KBCTHW: Tensor,
+    base: Tensor,
+    coefficients: Tensor,
+    index: Tensor,
     patch: tuple[int, int, int],
-    *,
-    sigma: float,
-    correct: Sequence[float],
-    predict: Sequence[float],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See reference.unipc_step."""
-    if not (_steps_native(latents, rows_BND) and len(history) <= _MAX_UNIPC_HISTORY):
-        return reference.unipc_step(
-            latents, rows_BND, previous_base, history, patch, sigma=sigma, correct=correct, predict=predict
-        )
-    x0, base, out = (latents.new_empty(latents.shape, dtype=torch.float32) for _ in range(3))
-    _run(
-        "unipc_step",
-        *(latents, rows_BND, previous_base, list(history), x0, base, out, list(patch), sigma, list(correct)),
-        list(predict),
-    )
-    return out, base, x0
+) -> None:
+    """See reference.unipc_step_."""
+    if not _steps_native(latents, rows_BND):
+        return reference.unipc_step_(latents, rows_BND, history_KBCTHW, base, coefficients, index, patch)
+    _run("unipc_step", latents, rows_BND, history_KBCTHW, base, coefficients, index, list(patch))
+    return None
 
 
 def _steps_native(latents: Tensor, rows_BND: Tensor) -> bool:

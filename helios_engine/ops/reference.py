@@ -232,59 +232,66 @@ def _velocity(rows_BND: Tensor, latents: Tensor, patch: tuple[int, int, int]) ->
     return unpatchify(rows_BND, grid, patch)
 
 
-def euler_step(latents: Tensor, rows_BND: Tensor, patch: tuple[int, int, int], *, delta: float) -> Tensor:
-    """latents + delta * velocity in float32; the velocity comes as output rows, see unpatchify."""
-    return latents.float() + delta * _velocity(rows_BND, latents, patch).float()
+def euler_step_(
+    latents: Tensor, rows_BND: Tensor, coefficients_S1: Tensor, index: Tensor, patch: tuple[int, int, int]
+) -> None:
+    """latents += delta * velocity in float32; the velocity comes as output rows, see unpatchify.
+
+    A row of coefficients, float64, holds (delta,); index, int64 [1], is the step to take.
+    """
+    (delta,) = coefficients_S1.index_select(0, index)[0].float()
+    latents.copy_(latents.float() + delta * _velocity(rows_BND, latents, patch).float())
 
 
-def dmd_step(
+def dmd_step_(
     latents: Tensor,
     rows_BND: Tensor,
-    start: Tensor | None,
+    start: Tensor,
+    coefficients_S2: Tensor,
+    index: Tensor,
     patch: tuple[int, int, int],
-    *,
-    sigma: float,
-    sigma_next: float,
-) -> Tensor:
-    """x0 = latents - sigma * velocity in the velocity's dtype, or (1 - sigma_next) * x0 + sigma_next * start in start's.
+) -> None:
+    """x0 = latents - sigma * velocity in the velocity's dtype; latents become x0 where sigma_next is 0, else
+    (1 - sigma_next) * x0 + sigma_next * start.
 
-    Computed in float64 and rounded, as the reference does.
+    A row of coefficients holds (sigma, sigma_next). Computed in float64 and rounded, as the reference does.
     """
+    sigma, sigma_next = coefficients_S2.index_select(0, index)[0]
     velocity = _velocity(rows_BND, latents, patch)
     x0 = (latents.double() - sigma * velocity.double()).to(velocity.dtype)
-    if start is None:
-        return x0
-    return ((1 - sigma_next) * x0.double() + sigma_next * start.double()).to(start.dtype)
+    latents.copy_((1 - sigma_next) * x0.double() + sigma_next * start.double())
 
 
-def unipc_step(
+def unipc_step_(
     latents: Tensor,
     rows_BND: Tensor,
-    previous_base: Tensor | None,
-    history: Sequence[Tensor],
+    history_KBCTHW: Tensor,
+    base: Tensor,
+    coefficients: Tensor,
+    index: Tensor,
     patch: tuple[int, int, int],
-    *,
-    sigma: float,
-    correct: Sequence[float],
-    predict: Sequence[float],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(next latents, base, x0) of one multistep update in float32; history holds earlier x0, newest first.
+) -> None:
+    """One multistep update in float32. history [K, ...] holds the x0 of step s in place s % K, base what a step starts from.
 
-    x0 = latents - sigma * velocity. base = latents, or with a previous base the combination correct of (previous base, x0,
-    *history). Next latents: the combination predict of (base, x0, *history).
+    x0 = latents - sigma * velocity. base becomes latents, or where the step corrects the combination correct of
+    (base, x0, *older), older being the x0 of the steps before, newest first. latents become the combination predict of
+    (base, x0, *older). A row of coefficients, float64, holds (sigma, corrects as 0 or 1, *correct, *predict).
     """
-    latents = latents.float()
-    x0 = torch.add(latents, _velocity(rows_BND, latents, patch).float(), alpha=-sigma)
-    base = latents
-    if previous_base is not None:
-        base = previous_base * correct[0]
-        for scale, tensor in zip(correct[2:], history, strict=True):
-            base.add_(tensor, alpha=scale)
-        base.add_(x0, alpha=correct[1])
+    kept = history_KBCTHW.size(0)
+    sigma, corrects, *combinations = coefficients.index_select(0, index)[0].float()
+    correct, predict = combinations[: 2 + kept], combinations[2 + kept :]
+    x0 = latents.float() - sigma * _velocity(rows_BND, latents, patch).float()
+    newest_first = torch.arange(kept - 1, -1, -1, device=index.device)
+    older = history_KBCTHW.index_select(0, (index + newest_first) % kept).unbind(0)
+    corrected = base * correct[0]
+    for scale, tensor in zip(correct[2:], older, strict=True):
+        corrected = corrected + tensor * scale
+    base.copy_(torch.where(corrects != 0, corrected + x0 * correct[1], latents.float()))
     following = base * predict[0]
-    for scale, tensor in zip(predict[1:], (x0, *history), strict=True):
-        following.add_(tensor, alpha=scale)
-    return following, base, x0
+    for scale, tensor in zip(predict[1:], (x0, *older), strict=True):
+        following = following + tensor * scale
+    history_KBCTHW.index_copy_(0, index % kept, x0[None])
+    latents.copy_(following)
 
 
 def upsample_renoise(

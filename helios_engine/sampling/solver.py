@@ -1,69 +1,91 @@
 """From a velocity to the next latents: UniPC, Euler and the distilled model's x0 re-noising.
 
-Every coefficient is a host number computed once per schedule in float64; a step is a linear combination of tensors.
+Every coefficient is computed once per schedule in float64 on the host and read by its step from a table in device memory;
+a step is a linear combination of tensors.
 Source: UniPC (arXiv 2302.04867) as in Diffusers HeliosScheduler; HeliosDMDScheduler for the distilled rule.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from helios_engine.config import SchedulerConfig
 from helios_engine.ops import native as ops
+from helios_engine.ops.pinned import to_device
 from helios_engine.sampling.schedule import StageSchedule
 
 _SIGMA_FLOOR = 1e-8  # the reference's clamp, so that the logarithm at sigma = 0 is finite
 
 
-class Solver(Protocol):
-    """Walks the latents of one stage from its first sigma to its last."""
+@dataclass(frozen=True, slots=True)
+class Solver:
+    """Walks the latents of one stage from its first sigma to its last.
 
-    def step(self, latents: Tensor, velocity: Tensor, index: int) -> Tensor:
-        """Latents [B, C, T, H, W] after step `index`; the velocity comes as output rows [B, N, patch * C]."""
-        ...
+    All that it knows lies in device memory, so a step asks nothing of the host and may be recorded.
+    """
+
+    rule: str  # euler | dmd | unipc
+    patch: tuple[int, int, int]  # the size of an output row's patch
+    latents: Tensor  # [B, C, T, H, W], changed by every step
+    index: Tensor  # int64 [1], the steps taken so far
+    coefficients: Tensor  # float64 [steps, width], see ops
+    carried: tuple[Tensor, ...]  # from step to step: nothing for euler, the start for dmd, history and base for unipc
+
+    def step(self, velocity: Tensor) -> None:
+        """The next step, in place; the velocity comes as output rows [B, N, patch * C]."""
+        step = {"euler": ops.euler_step_, "dmd": ops.dmd_step_, "unipc": ops.unipc_step_}[self.rule]
+        step(self.latents, velocity, *self.carried, self.coefficients, self.index, self.patch)
+        self.index.add_(1)
+
+    def result(self, dtype: torch.dtype) -> Tensor:
+        """A copy of the latents as the next stage takes them, after the last step; dtype is the velocity's.
+
+        The distilled rule ends on x0, which has the velocity's dtype.
+        """
+        return self.latents.to(dtype if self.rule == "dmd" else torch.float32, copy=True)
+
+    def state(self) -> tuple[Tensor, ...]:
+        """What a step changes."""
+        return (self.latents, self.index, *self.carried)
+
+    def blank(self, num_steps: int) -> Solver:
+        """One of the same make, with room for so many steps, that knows nothing yet."""
+        latents, index, *carried = map(torch.zeros_like, self.state())
+        coefficients = self.coefficients.new_zeros(num_steps, self.coefficients.size(1))
+        return Solver(self.rule, self.patch, latents, index, coefficients, tuple(carried))
 
 
 def make_solver(config: SchedulerConfig, schedule: StageSchedule, start: Tensor, patch: tuple[int, int, int]) -> Solver:
     """A fresh solver for one stage of one chunk; start is the stage's first latents, patch the size of an output row's patch."""
     if config.scheduler_type == "dmd":
-        return DMDSolver(schedule, start, patch)
-    if config.scheduler_type == "euler":
-        return EulerSolver(schedule, patch)
-    return UniPCSolver(unipc_coefficients(config, schedule.sigmas), patch)
+        latents, rows, carried = start.clone(), _dmd_coefficients(schedule), (start.clone(),)
+    elif config.scheduler_type == "euler":
+        latents, carried = start.to(torch.float32, copy=True), ()
+        rows = [(end - sigma,) for sigma, end in zip(schedule.sigmas, schedule.sigmas[1:], strict=False)]
+    else:
+        latents = start.to(torch.float32, copy=True)
+        steps = unipc_coefficients(config, schedule.sigmas)
+        kept = max(len(step.predict_history) for step in steps)
+        rows = [step.row(kept) for step in steps]
+        carried = (latents.new_zeros(kept, *latents.shape), torch.zeros_like(latents))
+    table = to_device(torch.tensor(rows, dtype=torch.float64), start.device)
+    index = torch.zeros(1, dtype=torch.int64, device=start.device)
+    return Solver(config.scheduler_type, patch, latents, index, table, carried)
 
 
-class EulerSolver:
-    """x + (next sigma - sigma) * velocity, in float32."""
-
-    def __init__(self, schedule: StageSchedule, patch: tuple[int, int, int]) -> None:
-        self._sigmas, self._patch = schedule.sigmas, patch
-
-    def step(self, latents: Tensor, velocity: Tensor, index: int) -> Tensor:
-        return ops.euler_step(latents, velocity, self._patch, delta=self._sigmas[index + 1] - self._sigmas[index])
-
-
-class DMDSolver:
-    """Jump to x0, then mix the stage's own starting latents back in; the last step of a stage returns x0."""
-
-    def __init__(self, schedule: StageSchedule, start: Tensor, patch: tuple[int, int, int]) -> None:
-        self._start, self._patch = start, patch
-        # The reference finds a step's sigma by the nearest timestep to the truncated one.
-        points = np.asarray(schedule.timesteps)
-        nearest = [int(np.abs(points - int(timestep)).argmin()) for timestep in schedule.timesteps]
-        self._sigmas = tuple(schedule.sigmas[index] for index in nearest)
-
-    def step(self, latents: Tensor, velocity: Tensor, index: int) -> Tensor:
-        is_last = index + 1 == len(self._sigmas)
-        return ops.dmd_step(
-            *(latents, velocity, None if is_last else self._start, self._patch),
-            sigma=self._sigmas[index],
-            sigma_next=0.0 if is_last else self._sigmas[index + 1],
-        )
+def _dmd_coefficients(schedule: StageSchedule) -> list[tuple[float, float]]:
+    """(sigma, next sigma) of every step: jump to x0, then mix the stage's own start back in; the last step stays at x0."""
+    # The reference finds a step's sigma by the nearest timestep to the truncated one.
+    points = np.asarray(schedule.timesteps)
+    nearest = [int(np.abs(points - int(timestep)).argmin()) for timestep in schedule.timesteps]
+    sigmas = [schedule.sigmas[index] for index in nearest]
+    return list(zip(sigmas, [*sigmas[1:], 0.0], strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,34 +99,17 @@ class UniPCStep:
     predict_base: float
     predict_history: tuple[float, ...]  # first entry: this step's x0
 
-
-class UniPCSolver:
-    """Multistep predictor-corrector in float32."""
-
-    def __init__(self, steps: tuple[UniPCStep, ...], patch: tuple[int, int, int]) -> None:
-        self._steps, self._patch = steps, patch
-        self._kept = max(len(step.predict_history) for step in steps)
-        self._history: list[Tensor] = []  # x0 predictions, newest first
-        self._base: Tensor | None = None
-
-    def step(self, latents: Tensor, velocity: Tensor, index: int) -> Tensor:
-        rule, count = self._steps[index], len(self._history)
-        corrects = rule.correct_base is not None and self._base is not None
-        correct = (rule.correct_base, rule.correct_current, *rule.correct_history) if corrects else ()
-        following, base, x0 = ops.unipc_step(
-            *(latents, velocity, self._base if corrects else None, self._history, self._patch),
-            sigma=rule.sigma,
-            correct=_filled(correct, 2 + count),
-            predict=_filled((rule.predict_base, *rule.predict_history), 2 + count),
-        )
-        self._history = [x0, *self._history][: self._kept]
-        self._base = base
-        return following
+    def row(self, kept: int) -> tuple[float, ...]:
+        """As ops.unipc_step_ reads it, with room for kept earlier x0."""
+        corrects = self.correct_base is not None
+        correct = (self.correct_base or 0.0, self.correct_current, *self.correct_history)
+        predict = (self.predict_base, *self.predict_history)
+        return (self.sigma, float(corrects), *_filled(correct, 2 + kept), *_filled(predict, 2 + kept))
 
 
-def _filled(numbers: tuple[float, ...], count: int) -> tuple[float, ...]:
-    """The first count numbers, zeros where there are fewer: earlier points that a rule does not use."""
-    return (*numbers[:count], *(0.0,) * (count - len(numbers)))
+def _filled(numbers: Sequence[float], count: int) -> tuple[float, ...]:
+    """Count numbers, zeros behind those there are."""
+    return (*numbers, *(0.0,) * (count - len(numbers)))
 
 
 def unipc_coefficients(config: SchedulerConfig, sigmas: tuple[float, ...]) -> tuple[UniPCStep, ...]:

@@ -36,7 +36,7 @@ def calls(monkeypatch) -> Counter:
         (Embedder, "_time"),
         (Embedder, "history"),
         (Block, "text_keys_values"),
-        (Transformer, "forward"),
+        (Transformer, "run"),
         (rope, "chunk_table"),
         (rope, "history_table"),
     ):
@@ -54,7 +54,7 @@ def test_distilled_counts(engines, calls: Counter) -> None:
     _fresh(engine)
     engine.generate(VideoRequest(**SMALL, steps=2, amplify_first_chunk=False))
     layers = engine.checkpoint.model.num_layers
-    assert calls["forward"] == 3 * 6
+    assert calls["run"] == 3 * 6
     assert calls["text"] == 1  # once per prompt
     assert calls["text_keys_values"] == layers
     assert calls["history"] == 3  # once per chunk
@@ -69,13 +69,13 @@ def test_distilled_counts(engines, calls: Counter) -> None:
 def test_zero_init_runs_no_useless_forward(engines, calls: Counter) -> None:
     engine = engines("mid")
     engine.generate(VideoRequest(**SMALL, steps=(4, 1, 1)))
-    assert calls["forward"] == 3 * (2 + 1 + 1)  # two of stage 0's four steps hold still; a guided step is one call
+    assert calls["run"] == 3 * (2 + 1 + 1)  # two of stage 0's four steps hold still; a guided step is one call
     calls.clear()
     engine.generate(VideoRequest(**SMALL, steps=(4, 1, 1), zero_steps=0))
-    assert calls["forward"] == 3 * (3 + 1 + 1)
+    assert calls["run"] == 3 * (3 + 1 + 1)
     calls.clear()
     engine.generate(VideoRequest(**SMALL, steps=(4, 1, 1), zero_init=False))
-    assert calls["forward"] == 3 * 6
+    assert calls["run"] == 3 * 6
 
 
 def _rows_through(monkeypatch, engine, guidance: float) -> list[tuple[str, int]]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from helios_engine import Engine, EngineConfig, VideoRequest
-from helios_engine.engine.graphs import ForwardGraphs, why_not_graphs
+from helios_engine.engine.graphs import StepGraphs, why_not_graphs
+from helios_engine.engine.stage import Stage
 from tests.helpers.recorders import Rerun, Unfaithful
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -22,7 +24,7 @@ def recorded(engines):
 
     def get(variant: str, recorder: Rerun | None = None) -> tuple[Engine, Rerun]:
         engine, recorder = engines(variant), recorder or Rerun()
-        engine.maker.graphs = ForwardGraphs(engine.transformer, recorder)
+        engine.maker.graphs = StepGraphs(engine.transformer, recorder)
         used.append(engine)
         return engine, recorder
 
@@ -34,6 +36,14 @@ def recorded(engines):
 def _request(variant: str, prompt: str = "A red fox", seed: int = 3) -> VideoRequest:
     steps = 3 if variant == "base" else (2, 1, 1)
     return VideoRequest(prompt=prompt, num_frames=66, height=64, width=64, steps=steps, seed=seed)
+
+
+def _copy_of(stage: Stage) -> Stage:
+    solver = stage.solver.blank(len(stage.solver.coefficients))
+    for own, other in zip(solver.state(), stage.solver.state(), strict=True):
+        own.copy_(other)
+    solver.coefficients.copy_(stage.solver.coefficients)
+    return Stage(stage.transformer, solver, stage.times, stage.context, stage.guidance)
 
 
 @pytest.mark.parametrize("variant", ["base", "mid", "distilled"])
@@ -58,6 +68,42 @@ def test_interleaved_videos_do_not_mix(engines, recorded) -> None:
         assert torch.equal(torch.cat([pair[index] for pair in chunks], dim=2), latents)
 
 
+def test_stages_take_turns_in_one_recording(engines, monkeypatch) -> None:
+    """Two videos whose steps alternate, as with decoding beside denoising: each moves out of the buffers for the other."""
+    engine = engines("mid")
+    stages: list[Stage] = []
+    step = Stage.step
+
+    def noted(stage: Stage) -> tuple[Tensor, ...]:
+        stages.append(_copy_of(stage))
+        return step(stage)
+
+    monkeypatch.setattr(Stage, "step", noted)
+    for seed in (3, 4):
+        engine.generate(replace(_request("mid", seed=seed), num_frames=33, steps=(5, 1, 1)))
+    monkeypatch.undo()
+    first, second = (stage for stage in stages if stage.times.embedding.size(0) == 5 and stage.solver.index == 2)
+    recorder = Rerun()
+    graphs = StepGraphs(engine.transformer, recorder)
+    expected = []
+    for stage in (first, second):
+        plain = _copy_of(stage)
+        for _ in range(3):
+            plain.step()
+        expected.append(plain.solver.latents)
+    for _ in range(3):
+        for stage in (first, second):
+            graphs(stage)
+    assert recorder.num_recordings == 1
+    assert recorder.num_replays == 6, "the first step's, to compare it, and five steps"
+    for stage, latents in zip((first, second), expected, strict=True):
+        assert torch.equal(stage.solver.latents, latents)
+        assert stage.solver.index.item() - 2 == 3  # zero-init skipped two
+    second.hold_still()
+    graphs(first)
+    assert second.solver.index.item() == 6, "it moved out with what it did meanwhile"
+
+
 def test_callbacks_and_cancelling_work_between_replays(recorded) -> None:
     engine, recorder = recorded("base")
     seen: list[int] = []
@@ -77,7 +123,7 @@ def test_every_prompts_numbers_are_compared(engines, recorded) -> None:
     expected = engines("base").generate(_request("base")).latents
     engine, _ = recorded("base", Unfaithful("misses the last"))
     assert torch.equal(engine.generate(_request("base")).latents, expected)
-    assert "nan off a plain forward" in engine.maker.graphs.why_given_up
+    assert "nan off a plain step" in engine.maker.graphs.why_given_up
 
 
 @pytest.mark.parametrize(
@@ -85,8 +131,8 @@ def test_every_prompts_numbers_are_compared(engines, recorded) -> None:
     [
         ("has no room", "it fails (CUDA out of memory.)"),
         ("refuses", "it fails (operation not permitted when stream is capturing)"),
-        ("is stale", "off a plain forward"),
-        ("is another", "a replay is nan off a plain forward"),
+        ("is stale", "off a plain step"),
+        ("is another", "a replay is nan off a plain step"),
     ],
 )
 def test_a_recording_that_is_wrong_is_not_used(engines, recorded, caplog, kind: str, said: str) -> None:
@@ -95,7 +141,7 @@ def test_a_recording_that_is_wrong_is_not_used(engines, recorded, caplog, kind: 
     with caplog.at_level(logging.WARNING):
         assert torch.equal(engine.generate(_request("distilled")).latents, expected)
     assert said in caplog.text
-    assert caplog.text.count("forwards are not recorded") == 1
+    assert caplog.text.count("steps are not recorded") == 1
     assert said in engine.maker.graphs.why_given_up
 
 
@@ -122,7 +168,7 @@ def test_prompts_no_recording_reads_are_dropped(recorded, monkeypatch) -> None:
 def test_a_shape_is_recorded_when_it_has_come_often(engines) -> None:
     engine, recorder = engines("base"), Rerun()
     expected = engine.generate(_request("base")).latents
-    engine.maker.graphs = ForwardGraphs(engine.transformer, recorder, uses_before=4)
+    engine.maker.graphs = StepGraphs(engine.transformer, recorder, uses_before=4)
     try:
         assert torch.equal(engine.generate(_request("base")).latents, expected)
     finally:
@@ -134,7 +180,7 @@ def test_a_shape_is_recorded_when_it_has_come_often(engines) -> None:
 def test_a_dropped_shape_has_to_come_often_again(engines, monkeypatch) -> None:
     monkeypatch.setattr("helios_engine.engine.graphs._RECORDINGS_KEPT", 1)
     engine, recorder = engines("base"), Rerun()
-    engine.maker.graphs = ForwardGraphs(engine.transformer, recorder, uses_before=2)
+    engine.maker.graphs = StepGraphs(engine.transformer, recorder, uses_before=2)
     try:
         for width, recordings in [*[(64, 0)] * 2, (64, 1), *[(80, 1)] * 2, (80, 2), *[(64, 2)] * 2, (64, 3)]:
             engine.generate(VideoRequest(prompt="x", num_frames=33, height=64, width=width, steps=1))
@@ -188,7 +234,7 @@ def test_asking_for_graphs_on_the_cpu_is_answered(toy, caplog) -> None:
     caplog.set_level(logging.WARNING)
     engine = Engine.load(toy / "base", EngineConfig(device="cpu", cuda_graphs=True))
     assert engine.maker.graphs is None
-    assert "forwards are not recorded as CUDA graphs: only CUDA devices record graphs" in caplog.text
+    assert "steps are not recorded as CUDA graphs: only CUDA devices record graphs" in caplog.text
     caplog.clear()
     assert Engine.load(toy / "base", EngineConfig(device="cpu")).maker.graphs is None
     assert "recorded" not in caplog.text, "by default graphs are used where they can be, and nothing is said"

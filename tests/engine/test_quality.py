@@ -64,19 +64,19 @@ def test_history_goes_through_in_every_second_step(toy, engines, monkeypatch, va
 def test_a_refresh_in_every_step_is_exact(toy, engines) -> None:
     reference = engines("base").generate(REQUEST).latents
     transformer = engines("base").transformer
-    plain = transformer.forward
+    plain = transformer.run
     calls = []
 
-    def with_memory(latents, timestep, context, reuse=None):
+    def with_memory(latents, time, context, reuse=None):
         calls.append(1)
         kept = Reuse(Approximations(history_refresh=2), len(context.texts), len(transformer.blocks))
-        return plain(latents, timestep, context, kept)  # its first step is a full one
+        return plain(latents, time, context, kept)  # its first step is a full one
 
-    transformer.forward = with_memory
+    transformer.run = with_memory
     try:
         assert (engines("base").generate(REQUEST).latents - reference).abs().max() < 1e-5
     finally:
-        del transformer.forward
+        del transformer.run
     assert calls
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from helios_engine import Engine, EngineConfig, VideoRequest
 from helios_engine.config import ModelConfig, VaeConfig
-from helios_engine.engine.graphs import ForwardGraphs
+from helios_engine.engine.graphs import StepGraphs
 from helios_engine.model.embed import HistoryWindow
 from helios_engine.model.slab import Slab
 from helios_engine.model.transformer import Transformer, init_random_
@@ -149,7 +149,7 @@ def generate_recorded(
     kind = kinds[parallel.rank]
     recorder = Rerun() if kind == "works" else Unfaithful(kind)
     own = engine(folder, parallel)
-    graphs = own.maker.graphs = ForwardGraphs(own.transformer, recorder)
+    graphs = own.maker.graphs = StepGraphs(own.transformer, recorder)
     try:
         latents = own.generate(VideoRequest(**arguments)).latents
     finally:

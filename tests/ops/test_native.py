@@ -285,33 +285,52 @@ def _step_case(dtype: torch.dtype, wide: bool, device: str):
 @pytest.mark.parametrize("wide", [True, False])
 def test_euler_and_distilled_steps(device, dtype, wide: bool) -> None:
     latents, rows, patch = _step_case(dtype, wide, device)
-    torch.testing.assert_close(
-        native.euler_step(latents, rows, patch, delta=-0.3), reference.euler_step(latents, rows, patch, delta=-0.3)
-    )
-    for start in (None, rand(*latents.shape, dtype=latents.dtype, device=device, seed=5)):
-        settings = {"sigma": 0.71, "sigma_next": 0.33}
-        ours = native.dmd_step(latents, rows, start, patch, **settings)
-        expected = reference.dmd_step(latents, rows, start, patch, **settings)
-        assert ours.dtype == expected.dtype
+    index = torch.tensor([1], device=device)
+    deltas = torch.tensor([[9.0], [-0.3]], dtype=torch.float64, device=device)
+    ours, expected = latents.clone(), latents.clone()
+    native.euler_step_(ours, rows, deltas, index, patch)
+    reference.euler_step_(expected, rows, deltas, index, patch)
+    torch.testing.assert_close(ours, expected)
+    start = rand(*latents.shape, dtype=latents.dtype, device=device, seed=5)
+    for sigma_next in (0.33, 0.0):
+        sigmas = torch.tensor([[9.0, 9.0], [0.71, sigma_next]], dtype=torch.float64, device=device)
+        ours, expected = latents.clone(), latents.clone()
+        native.dmd_step_(ours, rows, start, sigmas, index, patch)
+        reference.dmd_step_(expected, rows, start, sigmas, index, patch)
         assert torch.equal(ours, expected), "defined in float64, so bit for bit"
+    assert torch.equal(ours, ours.to(dtype).to(ours.dtype)), "the last step ends on x0, which has the velocity's dtype"
 
 
 @each_device
 @each_dtype
-@pytest.mark.parametrize("count", [0, 1, 3])
+@pytest.mark.parametrize("index", [0, 1, 5])
+@pytest.mark.parametrize("kept", [1, 2, 3])
 @pytest.mark.parametrize("corrects", [True, False])
-def test_unipc_step(device, dtype, count: int, corrects: bool) -> None:
+def test_unipc_step(device, dtype, index: int, kept: int, corrects: bool) -> None:
     latents, rows, patch = _step_case(dtype, True, device)
-    history = [rand(*latents.shape, device=device, seed=seed) for seed in range(2, 2 + count)]
-    previous = rand(*latents.shape, device=device, seed=9) if corrects else None
-    numbers = [0.9, -0.4, 0.7, 0.2, -1.1][: 2 + count]
-    settings = {"sigma": 0.6, "correct": numbers, "predict": numbers[::-1]}
-    for ours, expected in zip(
-        native.unipc_step(latents, rows, previous, history, patch, **settings),
-        reference.unipc_step(latents, rows, previous, history, patch, **settings),
-        strict=True,
-    ):
+    history = rand(kept, *latents.shape, device=device, seed=2)
+    base = rand(*latents.shape, device=device, seed=9)
+    row = [0.6, float(corrects), *[0.9, -0.4, 0.7, 0.2, -1.1][: 2 + kept], *[-1.1, 0.2, 0.8, 0.3, 0.9][: 2 + kept]]
+    table = torch.full((6, 6 + 2 * kept), float("nan"), dtype=torch.float64)
+    table[index] = torch.tensor(row)
+    states = []
+    for ops in (native, reference):
+        state = [latents.clone(), history.clone(), base.clone()]
+        numbers = (table.to(device), torch.tensor([index], device=device))
+        ops.unipc_step_(state[0], rows, *state[1:], *numbers, patch)
+        states.append(state)
+    for ours, expected in zip(*states, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    # And by the definition, in float64.
+    velocity = reference.unpatchify(rows.double(), (3, 2, 3), patch)
+    x0 = latents.double() - 0.6 * velocity
+    older = [history[(index - 1 - k) % kept].double() for k in range(kept)]
+    start = base * row[2] + x0 * row[3] + sum(row[4 + k] * x for k, x in enumerate(older))
+    start = start if corrects else latents.double()
+    predict = row[4 + kept :]
+    expected = start * predict[0] + x0 * predict[1] + sum(predict[2 + k] * x for k, x in enumerate(older))
+    torch.testing.assert_close(states[0][0].double(), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(states[0][1][index % kept], states[1][1][index % kept])
 
 
 @each_device
@@ -431,7 +450,7 @@ def _opcheck_calls() -> dict[str, tuple]:
     latents, velocity, patch = _step_case(torch.float32, True, "cpu")
     pictures = _channels_last(rand(1, 8, 2, 3, 4))
     doubled = torch.empty(1, 2, 6, 8, 8).permute(0, 4, 1, 2, 3)
-    like = [torch.empty_like(latents) for _ in range(4)]
+    table, index = torch.full((2, 8), 0.5, dtype=torch.float64), torch.tensor([1])
     return {
         "residual_gate_norm": (x, x.clone(), rows, rows, rows, torch.empty_like(x), 2, EPS),
         "qk_rmsnorm_rope": (qkv, *weights, rotation, scale, 2, 1, EPS),
@@ -440,21 +459,9 @@ def _opcheck_calls() -> dict[str, tuple]:
         "unpack_heads": (rand(60), torch.empty(1, 5, 3, 4), [1, 2]),
         "merge_partials": (rand(5, 4), rand(5), rand(5, 4, seed=1), rand(5, seed=1)),
         "patch_gather": (latents, torch.empty(2, 18, 16), list(patch), 0),
-        "euler_step": (latents, velocity, like[0], list(patch), 0.1),
-        "dmd_step": (latents, velocity, None, like[0], list(patch), 0.5, 0.2),
-        "unipc_step": (
-            *(
-                latents,
-                velocity,
-                None,
-                [like[3].zero_()],
-                *like[:3],
-                list(patch),
-                0.5,
-                [0.0, 0.0, 0.0],
-                [1.0, 0.5, 0.2],
-            ),
-        ),
+        "euler_step": (latents, velocity, table[:, :1].contiguous(), index, list(patch)),
+        "dmd_step": (latents, velocity, latents.clone(), table[:, :2].contiguous(), index, list(patch)),
+        "unipc_step": (latents, velocity, latents[None].clone(), latents.clone(), table, index, list(patch)),
         "upsample_renoise": (
             latents,
             rand(latents.numel(), 4),
