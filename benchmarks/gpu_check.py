@@ -27,17 +27,19 @@ import torch
 from benchmarks.gpu_diffusers import chunk_figures, make_pipe, offloaded, time_diffusers
 from benchmarks.gpu_modes import offload_figures, quality_figures, stream_arrivals
 from benchmarks.gpu_ranks import sharded_against_one, share_times
-from benchmarks.gpu_roofline import decoder_floor_seconds, graph_figures, roofline_seconds
+from benchmarks.gpu_roofline import decoder_floor_seconds, graph_figures, roofline_seconds, tuned_figures
 from helios_engine import Engine, EngineConfig, VideoRequest
 from helios_engine.config import LATENT_FRAMES_PER_CHUNK, ModelConfig, Recipe, SchedulerConfig, VaeConfig
+from helios_engine.engine.autotune import make_gemms
 from helios_engine.engine.checkpoint import Checkpoint, make_transformer
 from helios_engine.engine.frames import frames_per_call_for
-from helios_engine.engine.graphs import CudaRecorder, Recorder
 from helios_engine.engine.history import History, stacked_window
+from helios_engine.engine.recorders import CudaRecorder, Recorder
 from helios_engine.engine.session import VideoSession
 from helios_engine.model.transformer import init_random_
 from helios_engine.model.vae import VideoAutoencoder
 from helios_engine.ops.attention import choose_attention
+from helios_engine.ops.gemm import TunedGemms
 from helios_engine.request import FRAMES_PER_CHUNK
 from helios_engine.tools.bench import hardware, time_seconds
 from helios_engine.tools.toy import init_vae_
@@ -172,12 +174,16 @@ def _recorder() -> Recorder | None:
     return CudaRecorder(DEVICE) if DEVICE.type == "cuda" else None
 
 
+def _gemms() -> TunedGemms | None:
+    return make_gemms(DEVICE) if DEVICE.type == "cuda" else None
+
+
 def part_dit(scale: Scale) -> dict[str, object]:
-    """Milliseconds per forward at the three stages, plain and recorded, over what its parts take alone in this run."""
+    """Milliseconds per forward at the three stages, plain, recorded and with tuned products, over what its parts take alone."""
     engine = make_engine(scale)
     session = engine.open(make_request(scale))
     context = _context(engine, session)
-    attention, history = engine.transformer.attention, session.plan.history_tokens
+    attention, history, gemms = engine.transformer.attention, session.plan.history_tokens, _gemms()
     result: dict[str, object] = {}
     for size, tokens in zip(session.plan.stage_sizes, session.plan.tokens_per_stage, strict=True):
         latents = torch.randn(1, scale.model.in_channels, LATENT_FRAMES_PER_CHUNK, *size, device=DEVICE).to(DTYPE)
@@ -187,11 +193,14 @@ def part_dit(scale: Scale) -> dict[str, object]:
 
         plain = timed(lambda x=latents: engine.transformer(x, 500.0, context))
         recorded = graph_figures(engine.transformer, latents, context, timed, _recorder())
+        tuned = tuned_figures(engine.transformer, latents, context, timed, gemms)
         least = roofline_seconds(scale.model, tokens, history, attention, DEVICE, DTYPE, timed)
         stage = {"forward_ms": 1e3 * plain, **{f"least_{name}_ms": 1e3 * value for name, value in least.items()}}
-        stage |= {"of_roofline": least["sum"] / plain, **recorded}
+        stage |= {"of_roofline": least["sum"] / plain, **recorded, **tuned}
         if "recorded_step_ms" in recorded:
             stage["recorded_of_roofline"] = 1e3 * least["sum"] / recorded["recorded_step_ms"]
+        if "tuned_forward_ms" in tuned:
+            stage["tuned_of_roofline"] = 1e3 * least["sum"] / tuned["tuned_forward_ms"]
         result[f"{tokens}+{history}"] = stage
     return {**result, "attention": attention.backend, **_peak()}
 

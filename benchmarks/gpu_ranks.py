@@ -17,12 +17,16 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from benchmarks.gpu_roofline import one_step_stage
 from helios_engine.config import LATENT_FRAMES_PER_CHUNK, ModelConfig
+from helios_engine.engine.graphs import StepGraphs
+from helios_engine.engine.recorders import CudaRecorder
+from helios_engine.engine.stage import Stage
 from helios_engine.model.context import ChunkContext
 from helios_engine.model.embed import HistoryWindow
 from helios_engine.model.transformer import Transformer, init_random_
 from helios_engine.ops.attention import choose_attention
-from helios_engine.parallel.context import ContextParallel, Pending
+from helios_engine.parallel.context import ContextParallel
 from helios_engine.parallel.mesh import Degrees
 
 TOLERANCE = 1e-3  # float32, two layers; matrix products of other shapes sum in another order
@@ -36,25 +40,14 @@ class Loopback(ContextParallel):
     def __init__(self, num_ranks: int) -> None:
         super().__init__(0, Degrees(num_ranks))
 
-    def start_all_to_all(
-        self, send: Tensor, *, send_counts: list[int], receive_counts: list[int], purpose: str, group: str
-    ) -> Pending:
-        received = _repeated(send, sum(receive_counts))
-        return _Arrived(received)
+    def all_to_all(
+        self, send: Tensor, *, send_counts: list[int], receive_counts: list[int], purpose: str, group: str = "ulysses"
+    ) -> Tensor:
+        return _repeated(send, sum(receive_counts))
 
     def gather_rows(self, rows_BnC: Tensor, counts: Sequence[int], purpose: str, *, group: str = "sequence") -> Tensor:
         batch, _, width = rows_BnC.shape
         return _repeated(rows_BnC.reshape(-1), batch * sum(counts) * width).view(batch, -1, width)
-
-
-class _Arrived:
-    """A collective that is over."""
-
-    def __init__(self, received: Tensor) -> None:
-        self._received = received
-
-    def wait(self) -> Tensor:
-        return self._received
 
 
 def _repeated(source: Tensor, count: int) -> Tensor:
@@ -89,12 +82,13 @@ def share_times(
 
 
 def sharded_against_one(config: ModelConfig, size: tuple[int, int], device: torch.device) -> dict[str, float]:
-    """Largest difference of a two-layer float32 forward on 2 and 4 processes of one device from one process.
+    """Largest difference of a two-layer float32 forward on 2 and 4 processes of one device from one process, and on a GPU of
+    steps replayed in pieces from plain ones.
 
     Raises RuntimeError above the tolerance.
     """
     small = replace(config, num_layers=2)
-    expected = _forward(ContextParallel.single(), small, size, device)
+    expected = _velocity(*_prepared(ContextParallel.single(), small, size, device))
     result = {"largest_value": expected.abs().max().item()}
     for num_ranks, degrees in SCHEMES.items():
         with tempfile.TemporaryDirectory() as folder:
@@ -107,12 +101,13 @@ def sharded_against_one(config: ModelConfig, size: tuple[int, int], device: torc
                 rank.join()
             if any(rank.exitcode for rank in ranks):
                 raise RuntimeError(f"{degrees.describe()}: exit codes {[rank.exitcode for rank in ranks]}")
-            difference = max(
-                (torch.load(Path(folder) / f"{rank}.pt") - expected).abs().max().item() for rank in range(num_ranks)
-            )
-        result[f"difference_{num_ranks}_ranks"] = difference
-        if not difference <= TOLERANCE:
-            raise RuntimeError(f"{degrees.describe()} differs from one rank by {difference}, more than {TOLERANCE}")
+            kept = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(num_ranks)]
+        differences = {"difference": max((own["velocity"] - expected).abs().max().item() for own in kept)}
+        differences |= {"replayed_difference": max(own["replayed"] for own in kept)} if "replayed" in kept[0] else {}
+        for name, difference in differences.items():
+            result[f"{name}_{num_ranks}_ranks"] = difference
+            if not difference <= TOLERANCE:
+                raise RuntimeError(f"{degrees.describe()}: {name} {difference} is more than {TOLERANCE}")
     return result
 
 
@@ -122,14 +117,39 @@ def _rank(rank: int, degrees: Degrees, config: ModelConfig, size: tuple[int, int
     store = dist.FileStore(f"{folder}/store", degrees.num_ranks)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=degrees.num_ranks)
     context = ContextParallel.from_process_group(degrees, rank_timeout=None)
-    result = _forward(context, config, size, torch.device(device))
+    prepared = _prepared(context, config, size, torch.device(device))
+    result: dict[str, object] = {"velocity": _velocity(*prepared)}
+    if prepared[1].is_cuda:
+        result["replayed"] = _replayed_difference(*prepared)
     torch.save(result, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
 
 @torch.no_grad()
-def _forward(parallel: ContextParallel, config: ModelConfig, size: tuple[int, int], device: torch.device) -> Tensor:
-    """The velocity rows of a random model at a quarter of the size, on the CPU."""
+def _velocity(transformer: Transformer, latents: Tensor, context: ChunkContext) -> Tensor:
+    return transformer(latents, 700.0, context)[0].cpu()
+
+
+@torch.no_grad()
+def _replayed_difference(transformer: Transformer, latents: Tensor, context: ChunkContext) -> float:
+    """Largest difference of latents after steps replayed in pieces between the exchanges from those after plain steps."""
+    parallel = transformer.parallel
+    graphs = StepGraphs(transformer, CudaRecorder(latents.device, between_exchanges_of=parallel))
+    plain, replayed = (one_step_stage(transformer, latents, context) for _ in range(2))
+    for _ in range(3):  # recorded, compared and then replayed twice, each from where the last one ended
+        for stage, take_step in ((plain, Stage.step), (replayed, graphs)):
+            stage.solver.index.zero_()
+            take_step(stage)
+    if graphs.why_given_up is not None:
+        raise RuntimeError(f"{parallel.describe()}: steps cannot be replayed in pieces: {graphs.why_given_up}")
+    return (plain.solver.latents - replayed.solver.latents).abs().max().item()
+
+
+@torch.no_grad()
+def _prepared(
+    parallel: ContextParallel, config: ModelConfig, size: tuple[int, int], device: torch.device
+) -> tuple[Transformer, Tensor, ChunkContext]:
+    """A random model with latents at a quarter of the size and their context, the same on every rank."""
     with torch.device("meta"):
         transformer = Transformer(config, torch.float32)
     transformer.to_empty(device=device)
@@ -145,4 +165,4 @@ def _forward(parallel: ContextParallel, config: ModelConfig, size: tuple[int, in
     window = HistoryWindow(**{name: normal(1, 16, count, *size) for name, count in frames.items()})
     text = transformer.encode_text(normal(1, 32, config.text_dim))
     latents = normal(1, 16, LATENT_FRAMES_PER_CHUNK, size[0] // 4, size[1] // 4)
-    return transformer(latents, 700.0, transformer.prepare(window, (text,)))[0].cpu()
+    return transformer, latents, transformer.prepare(window, (text,))

@@ -11,11 +11,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helios_engine.config import ModelConfig, SchedulerConfig
-from helios_engine.engine.graphs import Recorder, StepGraphs
+from helios_engine.engine.graphs import StepGraphs
+from helios_engine.engine.recorders import Recorder
 from helios_engine.engine.stage import Stage
 from helios_engine.model.context import ChunkContext
 from helios_engine.model.transformer import Transformer
 from helios_engine.ops.attention import Attention
+from helios_engine.ops.gemm import TunedGemms
 from helios_engine.sampling.schedule import StageSchedule
 from helios_engine.sampling.solver import make_solver
 
@@ -70,7 +72,7 @@ def graph_figures(
     if recorder is None:
         return {"recorded": "no CUDA graphs here"}
     graphs = StepGraphs(transformer, recorder)
-    plain, recorded = (_one_step_stage(transformer, latents, context) for _ in range(2))
+    plain, recorded = (one_step_stage(transformer, latents, context) for _ in range(2))
 
     def again(stage: Stage, take_step: Callable[[Stage], object]) -> None:
         stage.solver.index.zero_()
@@ -89,7 +91,24 @@ def graph_figures(
     }
 
 
-def _one_step_stage(transformer: Transformer, latents: torch.Tensor, context: ChunkContext) -> Stage:
+def tuned_figures(
+    transformer: Transformer, latents: torch.Tensor, context: ChunkContext, timed: Timer, gemms: TunedGemms | None
+) -> dict[str, object]:
+    """Milliseconds of a forward whose products have the algorithms that are fastest here, and for how many that is not torch's."""
+    if gemms is None:
+        return {"tuned": "no cuBLASLt here"}
+    for block in transformer.blocks:
+        block.gemms = gemms
+    try:
+        seconds = timed(lambda: transformer(latents, 500.0, context))
+    finally:
+        for block in transformer.blocks:
+            block.gemms = None
+    others = sum(choice is not None for choice in gemms.choices.values())
+    return {"tuned_forward_ms": 1e3 * seconds, "tuned_so_far": f"{others} of {len(gemms.choices)} products"}
+
+
+def one_step_stage(transformer: Transformer, latents: torch.Tensor, context: ChunkContext) -> Stage:
     """A step that moves the latents by a small part of the velocity."""
     schedule = StageSchedule((500.0,), (0.5, 0.49), 0.5)
     solver = make_solver(SchedulerConfig("euler"), schedule, latents, transformer.config.patch_size)

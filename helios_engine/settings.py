@@ -122,8 +122,8 @@ class EngineConfig:
     cuda_graphs: bool | None = field(
         default=None,
         metadata={
-            "help": "record a forward of each stage once and replay it, checked against a plain one; by default on one GPU when a "
-            "shape has come 100 times"
+            "help": "record a step of each stage once and replay it, checked against a plain one; by default when a shape has "
+            "come 100 times"
         },
     )
     overlap_decode: bool = field(
@@ -131,6 +131,13 @@ class EngineConfig:
         metadata={
             "help": "decode a chunk on a stream of its own while the next one is begun (one GPU, more memory); not yet tried "
             "on a GPU"
+        },
+    )
+    tune_gemms: bool = field(
+        default=False,
+        metadata={
+            "help": "try cuBLASLt's algorithms on every shape of matrix product once and keep the fastest (remembered per "
+            "device); not yet tried on a GPU"
         },
     )
     compile: bool = field(
@@ -171,7 +178,7 @@ class EngineConfig:
         ):
             value = getattr(self, name)
             _require(value in choices, f"{name} must be one of {', '.join(choices)}, got {value!r}")
-        for name in ("shard_vae", "check_ranks", "compile", "overlap_decode"):
+        for name in ("shard_vae", "check_ranks", "tune_gemms", "compile", "overlap_decode"):
             value = getattr(self, name)
             _require(isinstance(value, bool), f"{name} must be true or false, got {value!r}")
         graphs = self.cuda_graphs
@@ -187,6 +194,10 @@ class EngineConfig:
         _require(
             not (self.offload_level == "leaf" and self.compile),
             "compile takes a block's layers together, offload_level leaf fetches them one by one; use one of the two",
+        )
+        _require(
+            not (self.tune_gemms and self.compile),
+            "compile leaves products to torch's own choice of kernels, tune_gemms chooses itself; use one of the two",
         )
         known = isinstance(self.device, str) and re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device)
         _require(known, f"device must be auto, cpu, cuda or cuda:N with a number, got {self.device!r}")
@@ -213,6 +224,10 @@ class EngineConfig:
         _require(
             not (self.approximations[2] and self.offload != "none"),
             f"fp8 weights are made when a checkpoint is loaded, offload {self.offload} reads it again and again; use one",
+        )
+        _require(
+            not (self.approximations[2] and self.tune_gemms),
+            "tune_gemms tries the algorithms of 16-bit products, with fp8 there are none in the blocks; use one of the two",
         )
         _require(
             not (self.approximations[2] and self.compile),

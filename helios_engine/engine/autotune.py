@@ -1,4 +1,4 @@
-"""The attention backend, settled by timing where more than one can run; remembered per device."""
+"""The attention backend and the products' algorithms, settled by timing and remembered per device."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from helios_engine.config import ModelConfig
 from helios_engine.ops.attention import Attention, attention_candidates, choose_attention, time_attention
+from helios_engine.ops.cublaslt import CublasLt
+from helios_engine.ops.gemm import Bench, CudaBench, Known, TunedGemms
 from helios_engine.parallel.context import ContextParallel
 
 logger = logging.getLogger(__name__)
@@ -53,10 +55,55 @@ def real_shapes(model: ModelConfig, context: ContextParallel) -> list[tuple[int,
     return [*shapes, (-(-_CROSS[0] // context.sequence_size), _CROSS[1], model.num_attention_heads)]
 
 
-def cache_file() -> Path:
+def cache_file(name: str = "attention") -> Path:
     """Where choices are remembered: below XDG_CACHE_HOME, by default ~/.cache, for users without a home the working folder."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(base) / "helios_engine" / "attention.json"
+    return Path(base) / "helios_engine" / f"{name}.json"
+
+
+def why_not_tuned(device: torch.device, *, offload: str) -> str | None:
+    """Why the algorithms of matrix products are not tried with these settings, or None."""
+    if device.type != "cuda":
+        return f"only CUDA devices have cuBLASLt, this is {device}"
+    if offload != "none":
+        return f"with offload {offload} the weights' way to the device decides"
+    return None
+
+
+def make_gemms(
+    device: torch.device, *, open_library: Callable[[], CublasLt] | None = None, bench: Bench | None = None
+) -> TunedGemms | None:
+    """Products tuned on this device, with what earlier runs found; None, said aloud, where cuBLASLt cannot be used.
+
+    Every rank has a file entry of its own shapes, and reads what others wrote before it.
+    """
+    try:
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            library = open_library() if open_library else CublasLt(f"libcublasLt.so.{torch.version.cuda.split('.')[0]}")
+    except (OSError, RuntimeError, AttributeError) as error:
+        logger.warning("matrix products keep torch's own algorithms: cuBLASLt cannot be used: %s", error)
+        return None
+    path, key = cache_file("gemms"), f"{_device_name(device)} | {torch.__version__} | cuBLASLt {library.version}"
+    known = {}
+    for name, choice in _dict(_read(path).get(key)).items():
+        if choice is None:
+            known[name] = None
+        elif isinstance(choice, dict) and len(choice.get("algorithm", ())) == 8:
+            known[name] = (tuple(choice["algorithm"]), int(choice["workspace"]))
+
+    def keep(choices: Known) -> None:
+        kept = {
+            name: None if choice is None else {"algorithm": choice[0], "workspace": choice[1]}
+            for name, choice in choices.items()
+        }
+        others = _read(path)
+        _write(path, {**others, key: {**_dict(others.get(key)), **kept}})
+
+    return TunedGemms(library, bench or CudaBench(), known=known, keep=keep)
+
+
+def _dict(value: object) -> dict[str, object]:
+    return value if isinstance(value, dict) else {}
 
 
 def _remembered_or_timed(
@@ -107,6 +154,6 @@ def _write(path: Path, values: dict[str, object]) -> None:
         temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
-        logger.warning("the attention choice cannot be kept in %s: %s", path, error)
+        logger.warning("the choice cannot be kept in %s: %s", path, error)
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

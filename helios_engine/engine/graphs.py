@@ -16,15 +16,16 @@ import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from typing import Protocol
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
 
+from helios_engine.engine.recorders import Recorder
 from helios_engine.engine.stage import Stage
 from helios_engine.model.context import ChunkContext, TextContext
 from helios_engine.model.transformer import Transformer
+from helios_engine.parallel.mesh import Traffic
 from helios_engine.sampling.solver import Solver
 
 logger = logging.getLogger(__name__)
@@ -35,43 +36,6 @@ _RECORDINGS_KEPT = 24
 _SHAPES_COUNTED = 256
 _STEPS = 64  # rows that a recording's tables grow by
 _TOLERANCE = 0.01  # relative; libraries may round otherwise while they are recorded, a buffer not filled is far off
-
-
-class Recorder(Protocol):
-    """Records work on fixed buffers and replays it."""
-
-    def warm_up(self, work: Callable[[], tuple[Tensor, ...]]) -> None:
-        """Do the work for real, so that what happens in first calls alone is over."""
-
-    def record(self, work: Callable[[], tuple[Tensor, ...]]) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
-        """(replay, the outputs every replay overwrites)."""
-
-
-class CudaRecorder:
-    """CUDA graphs that share one memory pool: they never run at the same time."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        with torch.cuda.device(device):
-            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
-
-    def warm_up(self, work: Callable[[], tuple[Tensor, ...]]) -> None:
-        with torch.cuda.device(self._device):  # the one that captures, whichever the caller's is
-            self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):
-                work()
-            torch.cuda.current_stream().wait_stream(self._stream)
-
-    def record(self, work: Callable[[], tuple[Tensor, ...]]) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
-        with torch.cuda.device(self._device):
-            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-            try:
-                # Other threads (a copier, the watch) may talk to the device meanwhile.
-                with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                    outputs = work()
-            finally:
-                torch.cuda.set_stream(stream)  # a capture that fails leaves its own
-        return graph.replay, outputs
 
 
 @dataclass(slots=True)
@@ -85,6 +49,7 @@ class _Recording:
     outputs: tuple[Tensor, ...] = ()
     tenant: weakref.ref[Stage] | None = None
     own: Solver | None = None  # the tenant's, to move back into
+    sent: Traffic = field(default_factory=Traffic)  # to other ranks in a step
 
     def let_to(self, stage: Stage) -> None:
         """Have the stage's numbers in the fixed buffers; who lives there moves out."""
@@ -112,7 +77,7 @@ class _NotRecorded(Exception):
 class StepGraphs:
     """Stage.step for stages of shapes that come again and again; the same numbers.
 
-    Where several ranks exchange inside a forward, their exchanges are recorded with it, and all ranks replay or none.
+    Where several ranks exchange inside a forward, all of them replay or none.
     """
 
     def __init__(self, transformer: Transformer, recorder: Recorder, *, uses_before: int = 0) -> None:
@@ -123,6 +88,7 @@ class StepGraphs:
         # Keys and values of the prompts, one copy for all stages; they change least often and are the largest.
         self._texts: dict[tuple[object, ...], _Texts] = {}
         self.why_given_up: str | None = None
+        self._traffic = transformer.parallel.traffic
 
     @property
     def hold_memory(self) -> bool:
@@ -136,17 +102,22 @@ class StepGraphs:
             found = self._recordings[key] = self._recordings.pop(key)  # to the end: used last
             found.let_to(stage)
             self._replay(found, stage)
+            self._traffic.add(found.sent)
         elif self.why_given_up is not None or not self._comes_often(key):
             stage.step()
         else:
             before = [tensor.clone() for tensor in stage.solver.state()]
-            expected = stage.step()
+            with self._traffic.apart() as sent:
+                expected = stage.step()
+            self._traffic.add(sent)
             try:
-                found = self._record(stage)
-                self._compare(found, stage, before, expected)
+                with self._traffic.apart():
+                    found = self._record(stage)
+                    self._compare(found, stage, before, expected)
             except _NotRecorded as reason:
                 self.give_up(str(reason))
             else:
+                found.sent = sent
                 self._keep(key, found)
 
     def give_up(self, reason: str) -> None:
@@ -202,7 +173,8 @@ class StepGraphs:
         self._texts.clear()
 
     def _record(self, stage: Stage) -> _Recording:
-        problem, is_warm = "", False
+        parallel, problem, is_warm = self._transformer.parallel, "", False
+        self._check(self._recorder.has_room(), "there is too little memory")
         try:
             found = self._blank(stage)
             self._recorder.warm_up(found.stage.step)
@@ -210,7 +182,7 @@ class StepGraphs:
             found.stage.solver.index.zero_()
             found.replay, found.outputs = self._recorder.record(found.stage.step)
         except RuntimeError as error:  # torch's own, out of memory among them
-            if self._transformer.parallel.size > 1 and not is_warm:
+            if parallel.size > 1 and not is_warm:
                 raise  # the others wait for this rank in an exchange
             problem = _said(error)
         self._check(not problem, problem)
@@ -263,7 +235,7 @@ def _history(context: ChunkContext) -> list[Tensor]:
 def _key(stage: Stage) -> tuple[object, ...]:
     """What stages that one recording serves have in common."""
     context, solver = stage.context, stage.solver
-    present = tuple(getattr(context, field.name) is None for field in fields(context))
+    present = tuple(getattr(context, part.name) is None for part in fields(context))
     shapes = tuple(part.shape for part in _history(context))
     state = tuple((tensor.shape, tensor.dtype) for tensor in solver.state())
     own = (solver.rule, solver.coefficients.size(1), _room(stage), state, stage.guidance)
@@ -304,20 +276,13 @@ def _badness(error: float) -> float:
 
 
 def why_not_graphs(
-    device: torch.device, *, exchanges: str, wanted: bool | None, offload: str, approximates: bool, compiles: bool
+    device: torch.device, *, wanted: bool | None, offload: str, approximates: bool, compiles: bool
 ) -> str | None:
-    """Why forwards are not recorded with these settings, or None.
-
-    exchanges is what ranks talk through inside a forward, "" where there is one rank; wanted what the user asked for.
-    """
+    """Why steps are not recorded with these settings, or None; wanted is what the user asked for."""
     if wanted is False:
         return "they are switched off"
     if device.type != "cuda":
         return f"only CUDA devices record graphs, this is {device}"
-    if exchanges not in ("", "nccl"):
-        return f"exchanges through {exchanges} pass through the host"
-    if exchanges and not wanted:
-        return "with exchanges between ranks they are recorded only when that is asked for"
     if offload != "none":
         return f"with offload {offload} weights change their place"
     if approximates:

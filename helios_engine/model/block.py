@@ -17,6 +17,7 @@ from helios_engine.config import ModelConfig
 from helios_engine.ops import native as ops
 from helios_engine.ops.attention import Attention
 from helios_engine.ops.fp8 import Fp8Linear
+from helios_engine.ops.gemm import TunedGemms
 
 _MAX_HISTORY_SCALE = 10.0
 
@@ -78,6 +79,7 @@ class Block(nn.Module):
         self.ffn_up = nn.Linear(dim, config.ffn_dim, dtype=dtype)
         self.ffn_down = nn.Linear(config.ffn_dim, dim, dtype=dtype)
         self.fetch: Callable[[str], None] | None = None  # has a part's weights brought; see PARTS
+        self.gemms: TunedGemms | None = None  # multiplies in torch's place
 
     def parts(self) -> dict[str, tuple[str, ...]]:
         """The names of every part's parameters, parts in the order they are computed with."""
@@ -119,10 +121,10 @@ class Block(nn.Module):
         if first_query:
             qkv = h_BLD.new_empty(*h_BLD.shape[:2], 3 * h_BLD.size(-1))
             dim = h_BLD.size(-1)
-            qkv[:, :first_query, dim:] = _outputs_from(self.qkv, h_BLD[:, :first_query], dim)
-            qkv[:, first_query:] = self.qkv(h_BLD[:, first_query:])
+            qkv[:, :first_query, dim:] = self._linear(self.qkv, h_BLD[:, :first_query], start=dim)
+            qkv[:, first_query:] = self._linear(self.qkv, h_BLD[:, first_query:])
         else:
-            qkv = self.qkv(h_BLD)
+            qkv = self._linear(self.qkv, h_BLD)
         rows = (qkv, self.norm_q, self.norm_k, rotation_LK2)
         scale = self.history_scale()
         if heads is not None:
@@ -150,7 +152,7 @@ class Block(nn.Module):
         skipped = num_history if noisy_only else 0
         attended = attend().flatten(2)
         self._need("out")
-        update = self.out(attended)
+        update = self._linear(self.out, attended)
         del attended
         own, gate = x_BlD[:, skipped:], rows.attention_gate
         if rows.middle_weight is None:
@@ -184,12 +186,12 @@ class Block(nn.Module):
         There is no mask: padding rows are attended to, as the model was trained.
         """
         self._need("cross_q")
-        q_BLD = self.cross_q(x_BLD if h_BLD is None else h_BLD)
+        q_BLD = self._linear(self.cross_q, x_BLD if h_BLD is None else h_BLD)
         ops.rms_norm_(q_BLD, self.cross_norm_q, eps=self.eps)
         k, v = text_kv_BTD.unflatten(-1, (2, self.num_heads, self.head_dim)).unbind(2)
         attended = attention(q_BLD.unflatten(-1, (self.num_heads, self.head_dim)), k, v).flatten(2)
         self._need("cross_out")
-        update = self.cross_out(attended)
+        update = self._linear(self.cross_out, attended)
         del attended
         if h_BLD is None:
             ops.gated_residual_(x_BLD, update, None, num_history=0)
@@ -213,9 +215,9 @@ class Block(nn.Module):
                 x_BLD, rows.feed_forward_weight, rows.feed_forward_bias, num_history=num_history, eps=self.eps
             )
         self._need("ffn_up")
-        hidden = _with_gelu(self.ffn_up, h_BLD)
+        hidden = self._linear(self.ffn_up, h_BLD, gelu=True)
         self._need("ffn_down")
-        update, gate = self.ffn_down(hidden), rows.feed_forward_gate
+        update, gate = self._linear(self.ffn_down, hidden), rows.feed_forward_gate
         del hidden  # by far the largest
         if following is None:
             ops.gated_residual_(x_BLD, update, gate, num_history=num_history)
@@ -225,6 +227,16 @@ class Block(nn.Module):
             num_history=num_history,
             eps=self.eps,
         )
+
+    def _linear(self, layer: nn.Linear | Fp8Linear, x: Tensor, *, start: int = 0, gelu: bool = False) -> Tensor:
+        """A layer's outputs from start on, through tanh-GELU where that is wanted."""
+        if isinstance(layer, Fp8Linear):
+            rows = layer(x, start)
+            return ops.gelu_(rows) if gelu else rows
+        weight, bias = layer.weight[start:], layer.bias[start:]
+        if self.gemms is not None:
+            return self.gemms(x, weight, bias, gelu=gelu)
+        return ops.linear_gelu(x, weight, bias) if gelu else F.linear(x, weight, bias)
 
     def to_fp8_(self) -> None:
         """Keep the large weights in 8 bits, but for the text's keys and values, which are made once."""
@@ -256,16 +268,3 @@ class Block(nn.Module):
         if self.history_key_scale is not None:
             slots["attn1.history_key_scale"] = self.history_key_scale.data
         return slots
-
-
-def _outputs_from(layer: nn.Linear | Fp8Linear, x: Tensor, start: int) -> Tensor:
-    """A linear layer's outputs without the first ones."""
-    if isinstance(layer, Fp8Linear):
-        return layer(x, start)
-    return F.linear(x, layer.weight[start:], layer.bias[start:])
-
-
-def _with_gelu(layer: nn.Linear | Fp8Linear, x: Tensor) -> Tensor:
-    if isinstance(layer, Fp8Linear):
-        return ops.gelu_(layer(x))
-    return ops.linear_gelu(x, layer.weight, layer.bias)

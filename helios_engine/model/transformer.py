@@ -24,6 +24,7 @@ from helios_engine.model.offload import WeightRing
 from helios_engine.model.reuse import Reuse
 from helios_engine.ops import native as ops
 from helios_engine.ops.attention import Attention
+from helios_engine.ops.gemm import TunedGemms
 from helios_engine.parallel.attention import SequenceAttention, make_sequence_attention
 from helios_engine.parallel.context import ContextParallel
 from helios_engine.parallel.layout import TokenLayout
@@ -70,10 +71,18 @@ class Transformer(nn.Module):
         self._by_parts = False
 
     def connect(
-        self, attention: Attention, parallel: ContextParallel, *, ring_method: str = "rotate", exchange: str = "packed"
+        self,
+        attention: Attention,
+        parallel: ContextParallel,
+        *,
+        ring_method: str = "rotate",
+        exchange: str = "packed",
+        gemms: TunedGemms | None = None,
     ) -> None:
-        """Choose how attention is computed and which ranks share the sequence; before the first forward."""
+        """Choose how attention is computed, which ranks share the sequence and what multiplies; before the first forward."""
         self.attention, self.parallel = attention, parallel
+        for block in self.blocks:
+            block.gemms = gemms
         self._sequence_attention = make_sequence_attention(
             parallel, attention, ring_method=ring_method, exchange=exchange
         )

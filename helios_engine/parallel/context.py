@@ -2,55 +2,26 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import ctypes
 import datetime
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from helios_engine.parallel.exchange import Cuts, Exchange, Pending, note_begun, wait_for
 from helios_engine.parallel.mesh import Degrees, Traffic, mesh
 from helios_engine.parallel.watch import RankFailure, Watch
 from helios_engine.trace import span
 
 ProcessGroup = object  # torch's own class exists only in builds with distributed support
 DEFAULT_TIMEOUT = 30.0
-_SLICE = datetime.timedelta(seconds=0.5)  # between two looks at the peers while a CPU collective runs
 # Rank 0 may keep the others waiting between chunks for as long as its caller likes; the watch ends a wait in vain.
 _NEVER = datetime.timedelta(days=365)
 T = TypeVar("T")
-# Exchanges on the CPU that were begun and not seen to end, by their work's id.
-_IN_FLIGHT: dict[int, tuple[object, ...]] = {}
-
-
-@atexit.register
-def _never_free() -> None:
-    """A rank that gives up leaves exchanges behind. gloo's threads would free their tensors after the interpreter is gone,
-    which aborts the process; so these are never freed."""
-    for parts in _IN_FLIGHT.values():
-        for part in parts:
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(part))
-
-
-@dataclass(slots=True)
-class Pending:
-    """A collective under way; wait returns what arrived."""
-
-    context: ContextParallel
-    work: object
-    received: Tensor
-    device: torch.device
-
-    def wait(self) -> Tensor:
-        with span("exchange wait"):
-            self.context._finish(self.work, self.received)
-        return self.received.to(self.device)
 
 
 class ContextParallel:
@@ -79,6 +50,7 @@ class ContextParallel:
         self._groups = dict(groups or {})
         self._control = control
         self._watch = watch
+        self.cuts: Cuts | None = None  # while a forward is recorded in pieces, between its exchanges
 
     @classmethod
     def single(cls) -> ContextParallel:
@@ -277,24 +249,29 @@ class ContextParallel:
         self, send: Tensor, *, send_counts: list[int], receive_counts: list[int], purpose: str, group: str = "ulysses"
     ) -> Tensor:
         """Exchange slices of a flat buffer inside a group; counts are elements per member."""
-        return self.start_all_to_all(
-            send, send_counts=send_counts, receive_counts=receive_counts, purpose=purpose, group=group
-        ).wait()
+        received, exchange = self._all_to_all(send, send_counts, receive_counts, purpose, group)
+        self._do(exchange, begins=True, finishes=True)
+        return received
 
     def start_all_to_all(
         self, send: Tensor, *, send_counts: list[int], receive_counts: list[int], purpose: str, group: str
     ) -> Pending:
         """The same, under way while the caller goes on; send must stay as it is until wait."""
+        received, exchange = self._all_to_all(send, send_counts, receive_counts, purpose, group)
+        self._do(exchange, begins=True)
+        return Pending(received, lambda: self._do(exchange, finishes=True))
+
+    def _all_to_all(
+        self, send: Tensor, send_counts: list[int], receive_counts: list[int], purpose: str, group: str
+    ) -> tuple[Tensor, Exchange]:
         own = send_counts[self._index(group)]
         self.traffic.count(purpose, (send.numel() - own) * send.element_size())
-        source = self._staged(send, group)
-        received = source.new_empty(sum(receive_counts))
-        with span(f"exchange {purpose}"):
-            work = dist.all_to_all_single(
-                received, source, receive_counts, send_counts, group=self._groups[group], async_op=True
-            )
-        self._begun(work, received, source)
-        return Pending(self, work, received, send.device)
+        received, members = send.new_empty(sum(receive_counts)), self._groups[group]
+
+        def collective(received: Tensor, send: Tensor) -> object:
+            return dist.all_to_all_single(received, send, receive_counts, send_counts, group=members, async_op=True)
+
+        return received, self._exchange(purpose, send, received, collective, group)
 
     def rotate(self, send: Tensor, num_arriving: int, purpose: str) -> Pending:
         """Pass a flat buffer to the next rank of the ring and take the previous one's, num_arriving elements."""
@@ -313,9 +290,7 @@ class ContextParallel:
         batch, own, width = rows_BnC.shape
         send = rows_BnC.new_zeros(batch, max(counts), width)
         send[:, :own] = rows_BnC
-        with span(f"exchange {purpose}"):
-            received = self._all_gather(send, len(counts), group)
-        self.traffic.count(purpose, send.numel() * send.element_size() * (len(counts) - 1))
+        received = self._all_gather(send, len(counts), purpose, group)
         return torch.cat([received[rank, :, :count] for rank, count in enumerate(counts)], dim=1)
 
     def collect_on_first(self, rows: Tensor, counts: Sequence[int], purpose: str) -> Tensor | None:
@@ -332,10 +307,25 @@ class ContextParallel:
 
     def exchange_branches(self, rows: Tensor, purpose: str) -> tuple[Tensor, Tensor]:
         """(branch 0's rows, branch 1's rows) from each half's own."""
-        with span(f"exchange {purpose}"):
-            received = self._all_gather(rows, 2, "cfg")
-        self.traffic.count(purpose, rows.numel() * rows.element_size())
+        received = self._all_gather(rows, 2, purpose, "cfg")
         return received[0], received[1]
+
+    def sample_exchanges(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What arrives from exchanging a flat tensor in every way that a forward uses, group by group."""
+        arrived = []
+        for name in ("ulysses", "ring"):
+            members = getattr(self.degrees, name)
+            if members > 1:
+                counts = [x.numel() // members] * members
+                own = x[: sum(counts)]
+                arrived.append(
+                    self.all_to_all(own, send_counts=counts, receive_counts=counts, purpose="test", group=name)
+                )
+        if self.sequence_size > 1:
+            arrived.append(self.gather_rows(x.view(1, -1, 1), [x.numel()] * self.sequence_size, "test"))
+        if self.degrees.cfg > 1:
+            arrived += self.exchange_branches(x, "test")
+        return tuple(arrived)
 
     def broadcast(self, tensor: Tensor, purpose: str) -> Tensor:
         """Rank 0's tensor on every rank; the others pass one of the same shape and dtype, which is overwritten."""
@@ -343,11 +333,13 @@ class ContextParallel:
             return tensor
         if self.is_first:
             self.traffic.count(purpose, tensor.numel() * tensor.element_size() * (self.size - 1))
-        staged = self._staged(tensor.contiguous(), "all")
+        staged = tensor.contiguous()
+        if self._is_staged(tensor, "all"):
+            staged = staged.cpu()
         with span(f"exchange {purpose}"):
             work = dist.broadcast(staged, self._global_ranks[0], group=self._groups["all"], async_op=True)
-            self._begun(work, staged)
-            self._finish(work, staged)
+            note_begun(work, staged)
+            wait_for(work, staged, self._watch)
         return staged.to(tensor.device)
 
     def word(self, value: int) -> int:
@@ -376,8 +368,8 @@ class ContextParallel:
         send = torch.tensor(list(numbers), dtype=torch.int64)
         received = torch.empty(self.size * len(send), dtype=torch.int64)
         work = _gather_function()(received, send, group=self._control, async_op=True)
-        self._begun(work, received, send)
-        self._finish(work, received)
+        note_begun(work, received, send)
+        wait_for(work, received, self._watch)
         return received.view(self.size, -1).tolist()
 
     def all_agree(self, answer: bool) -> bool:
@@ -402,57 +394,54 @@ class ContextParallel:
 
     def _tell(self, tensor: Tensor) -> None:
         work = dist.broadcast(tensor, self._global_ranks[0], group=self._control, async_op=True)
-        self._begun(work, tensor)
-        self._finish(work, tensor)
+        note_begun(work, tensor)
+        wait_for(work, tensor, self._watch)
 
     def _index(self, group: str) -> int:
         indices = {"ulysses": self.ulysses_rank, "ring": self.ring_rank, "cfg": self.cfg_rank, "all": self.rank}
         return self.sequence_rank if group == "sequence" else indices[group]
 
-    def _staged(self, tensor: Tensor, group: str) -> Tensor:
-        """On the CPU for gloo, which has no exchange of GPU memory for every call; as it is otherwise."""
-        is_gloo = tensor.is_cuda and dist.get_backend(self._groups[group]) == "gloo"
-        return tensor.cpu() if is_gloo else tensor
+    def _is_staged(self, tensor: Tensor, group: str) -> bool:
+        """Whether a tensor travels through the host: gloo has no exchange of GPU memory for every call."""
+        return tensor.is_cuda and dist.get_backend(self._groups[group]) == "gloo"
 
-    def _all_gather(self, send: Tensor, count: int, group: str) -> Tensor:
+    def _all_gather(self, send: Tensor, count: int, purpose: str, group: str) -> Tensor:
         """Every member's equal-sized tensor, [count, *shape]."""
-        source = self._staged(send, group).reshape(-1)
-        received = source.new_empty(count * source.numel())
-        work = _gather_function()(received, source, group=self._groups[group], async_op=True)
-        self._begun(work, received, source)
-        self._finish(work, received)
-        return received.to(send.device).view(count, *send.shape)
+        self.traffic.count(purpose, send.nbytes * (count - 1))
+        flat, members = send.reshape(-1), self._groups[group]
+        received = flat.new_empty(count * flat.numel())
 
-    def _begun(self, work: object, received: Tensor, *others: Tensor) -> None:
-        if not received.is_cuda:
-            _IN_FLIGHT[id(work)] = (work, received, *others)
+        def collective(received: Tensor, send: Tensor) -> object:
+            return _gather_function()(received, send, group=members, async_op=True)
 
-    def _finish(self, work: object, received: Tensor) -> None:
-        """Wait for a collective, but not for a rank that is gone."""
-        if received.is_cuda:  # orders the stream and comes back at once; the watch aborts what hangs on the device
-            work.wait()
+        self._do(self._exchange(purpose, flat, received, collective, group), begins=True, finishes=True)
+        return received.view(count, *send.shape)
+
+    def _exchange(
+        self,
+        purpose: str,
+        send: Tensor,
+        received: Tensor,
+        collective: Callable[[Tensor, Tensor], object],
+        group: str,
+    ) -> Exchange:
+        staged = self._is_staged(send, group)
+        return Exchange(purpose, send, received, collective, staged=staged, watch=self._watch)
+
+    def _do(self, exchange: Exchange, *, begins: bool = False, finishes: bool = False) -> None:
+        """Here and now; while a forward is recorded in pieces, between two of them at every replay."""
+        parts = [exchange.begin] * begins + [exchange.finish] * finishes
+
+        def work() -> None:
+            for part in parts:
+                part()
+
+        if self.cuts is None:
+            work()
             return
-        try:
-            waiting = contextlib.nullcontext() if self._watch is None else self._watch.waiting()
-            with waiting:
-                while not _is_done(work):
-                    if self._watch is not None:
-                        self._watch.check()
-            _IN_FLIGHT.pop(id(work), None)
-        except RankFailure:
-            raise
-        except RuntimeError as error:
-            raise self._watch.explain(error) if self._watch is not None else error from error
-
-
-def _is_done(work: object) -> bool:
-    try:
-        work.wait(_SLICE)
-    except RuntimeError:
-        if not work.is_completed():
-            return False
-        work.wait()  # it completed meanwhile, or this says what went wrong
-    return True
+        self.cuts.between(work)
+        if finishes:
+            exchange.let_go(self.cuts)
 
 
 def _gather_function() -> Callable[..., object]:

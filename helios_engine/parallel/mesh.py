@@ -6,7 +6,9 @@ links. A cfg index computes one guidance branch; the ring x ulysses ranks of it 
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 
@@ -70,6 +72,25 @@ class Traffic:
     def count(self, purpose: str, num_bytes: int) -> None:
         self.bytes_sent[purpose] += num_bytes
         self.calls[purpose] += 1
+
+    def add(self, other: Traffic) -> None:
+        """Count what was counted once as having happened again."""
+        self.bytes_sent.update(other.bytes_sent)
+        self.calls.update(other.calls)
+
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[Traffic]:
+        """Count what happens inside in the traffic given, and not here."""
+        before = Traffic(self.bytes_sent.copy(), self.calls.copy())
+        inside = Traffic()
+        try:
+            yield inside
+        finally:
+            inside.bytes_sent.update(self.bytes_sent - before.bytes_sent)
+            inside.calls.update(self.calls - before.calls)
+            for own, kept in ((self.bytes_sent, before.bytes_sent), (self.calls, before.calls)):
+                own.clear()
+                own.update(kept)
 
 
 def mesh(degrees: Degrees) -> dict[str, list[list[int]]]:

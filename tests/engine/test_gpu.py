@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from helios_engine import Engine, EngineConfig, VideoRequest
+from helios_engine.engine.autotune import make_gemms
 from helios_engine.engine.chunk import ChunkWork
+from helios_engine.engine.recorders import borrowed
 from helios_engine.ops.attention import choose_attention
 from tests.helpers import oracle
 
@@ -142,6 +144,51 @@ def test_a_recording_that_fails_leaves_nothing_behind(toy, monkeypatch) -> None:
     assert engine.maker.graphs.why_given_up is not None
     assert torch.equal(video.latents, expected.latents)
     assert torch.cuda.current_stream() == stream
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize(("rows", "inner", "columns"), [(2940, 5120, 5120), (540, 5120, 13824), (367, 13824, 5120)])
+def test_tuned_products_agree_with_float64(
+    rows: int, inner: int, columns: int, gelu: bool, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    gemms = make_gemms(torch.device("cuda"))
+    generator = torch.Generator("cuda").manual_seed(0)
+    x, weight = (
+        torch.randn(count, inner, generator=generator, device="cuda").bfloat16()[None] for count in (rows, columns)
+    )
+    weight, bias = weight[0], torch.randn(columns, generator=generator, device="cuda").bfloat16()
+    out = gemms(x, weight, bias, gelu=gelu)
+    exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+    exact = torch.nn.functional.gelu(exact, approximate="tanh") if gelu else exact
+    assert (out.double() - exact).norm() <= 2.5e-3 * exact.norm()
+    assert torch.equal(gemms(x, weight, bias, gelu=gelu), out)
+    assert len(gemms.choices) == 1
+    gemms.close()
+
+
+def test_tuned_and_recorded_videos_are_the_same(toy, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    request = VideoRequest(prompt="A fox", num_frames=66, height=64, width=64, steps=2, max_sequence_length=8)
+    results = []
+    for graphs in (False, True):
+        engine = Engine.load(toy / "distilled", EngineConfig(device="cuda", tune_gemms=True, cuda_graphs=graphs))
+        results.append(engine.generate(request).latents)
+        engine.close()
+    assert (results[0] - results[1]).abs().max() <= 1e-2 * results[0].abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int64])
+def test_borrowed_memory_is_not_kept(dtype: torch.dtype) -> None:
+    before = torch.cuda.memory_allocated()
+    x = torch.arange(2**20, device="cuda").to(dtype).view(4, -1)
+    same = borrowed(x)
+    x.fill_(3)
+    assert same.dtype == dtype
+    assert same.shape == x.shape
+    assert bool((same == 3).all())
+    del x
+    assert torch.cuda.memory_allocated() <= before + 2**10
 
 
 def test_frames_arrive_on_the_host_and_stay_on_the_device(toy) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from helios_engine import Engine, EngineConfig, VideoRequest
 from helios_engine.engine.graphs import StepGraphs, why_not_graphs
 from helios_engine.engine.stage import Stage
-from tests.helpers.recorders import Rerun, Unfaithful
+from tests.helpers.recorders import Rerun, TapeRecorder, Unfaithful
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -46,11 +46,12 @@ def _copy_of(stage: Stage) -> Stage:
     return Stage(stage.transformer, solver, stage.times, stage.context, stage.guidance)
 
 
+@pytest.mark.parametrize("recorder", [Rerun, TapeRecorder])
 @pytest.mark.parametrize("variant", ["base", "mid", "distilled"])
-def test_replays_have_the_same_numbers(engines, recorded, variant: str) -> None:
+def test_replays_have_the_same_numbers(engines, recorded, variant: str, recorder: type[Rerun]) -> None:
     requests = [_request(variant), _request(variant, "Deep snow", 4)]
     expected = [engines(variant).generate(request).latents for request in requests]
-    engine, recorder = recorded(variant)
+    engine, recorder = recorded(variant, recorder())
     for request, latents in zip(requests, expected, strict=True):
         assert torch.equal(engine.generate(request).latents, latents)
     # One per stage, whatever the step, chunk or prompt; Mid's first stage has two steps and zero-init skips both.
@@ -129,6 +130,7 @@ def test_every_prompts_numbers_are_compared(engines, recorded) -> None:
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
+        ("is full", "there is too little memory"),
         ("has no room", "it fails (CUDA out of memory.)"),
         ("refuses", "it fails (operation not permitted when stream is capturing)"),
         ("is stale", "off a plain step"),
@@ -214,16 +216,13 @@ def test_recordings_give_way_when_memory_runs_out(engines, recorded, monkeypatch
         ({}, None),
         ({"device": CPU}, "only CUDA devices record graphs"),
         ({"wanted": False}, "switched off"),
-        ({"exchanges": "gloo", "wanted": True}, "exchanges through gloo pass through the host"),
-        ({"exchanges": "nccl"}, "only when that is asked for"),
-        ({"exchanges": "nccl", "wanted": True}, None),
         ({"offload": "group"}, "weights change their place"),
         ({"approximates": True}, "decides on the host"),
         ({"compiles": True}, "compile has its own way"),
     ],
 )
 def test_where_graphs_cannot_be_is_said(settings: dict, reason: str | None) -> None:
-    usual = {"device": CUDA, "exchanges": "", "wanted": None, "offload": "none", "approximates": False}
+    usual = {"device": CUDA, "wanted": None, "offload": "none", "approximates": False}
     usual |= {"compiles": False, **settings}
     device = usual.pop("device")
     found = why_not_graphs(device, **usual)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from helios_engine import Engine, EngineConfig, VideoRequest
 from helios_engine.config import ModelConfig, VaeConfig
+from helios_engine.engine import recorders
 from helios_engine.engine.graphs import StepGraphs
 from helios_engine.model.embed import HistoryWindow
 from helios_engine.model.slab import Slab
@@ -20,7 +22,7 @@ from helios_engine.parallel.context import ContextParallel
 from helios_engine.parallel.layout import TokenLayout
 from helios_engine.parallel.mesh import Degrees
 from helios_engine.tools.toy import init_vae_
-from tests.helpers.recorders import Rerun, Unfaithful
+from tests.helpers.recorders import Rerun, TapeRecorder, Unfaithful
 
 CPU = torch.device("cpu")
 
@@ -144,17 +146,36 @@ def generate(
 
 def generate_recorded(
     parallel: ContextParallel, *, folder: str, arguments: dict, kinds: list[str]
-) -> tuple[Tensor, int, str | None]:
-    """A video with forwards recorded by stand-ins, one kind per rank: latents, replays, why recording was given up."""
-    kind = kinds[parallel.rank]
-    recorder = Rerun() if kind == "works" else Unfaithful(kind)
-    own = engine(folder, parallel)
-    graphs = own.maker.graphs = StepGraphs(own.transformer, recorder)
+) -> tuple[Tensor, int, str | None, dict[str, int]]:
+    """A video with steps recorded by stand-ins, one kind per rank: latents, replays, why recording was given up, bytes sent."""
+    own, kind = engine(folder, parallel), kinds[parallel.rank]
+    traffic = own.context.traffic
+    recorder = Rerun(traffic) if kind == "works" else Unfaithful(kind, traffic)
+    if kind == "in pieces":
+        recorder = TapeRecorder(own.context)
+    graphs = StepGraphs(own.transformer, recorder)
+    own.maker.graphs = None if kind == "plain" else graphs
+    traffic.bytes_sent.clear()
     try:
         latents = own.generate(VideoRequest(**arguments)).latents
     finally:
         own.maker.graphs = None
-    return latents, recorder.num_replays, graphs.why_given_up
+    return latents, recorder.num_replays, graphs.why_given_up, dict(traffic.bytes_sent)
+
+
+def choose_recorder(parallel: ContextParallel, *, kinds: list[str], exchange: str) -> str | None:
+    """What steps would be recorded with if these ranks talked through NCCL, and recording worked so well on each."""
+
+    def make(device: torch.device, *, between_exchanges_of: ContextParallel | None = None) -> Rerun:
+        if between_exchanges_of is not None:
+            return TapeRecorder(between_exchanges_of)
+        return Rerun() if kinds[parallel.rank] == "works" else Unfaithful(kinds[parallel.rank])
+
+    before = dict(parallel.traffic.bytes_sent)
+    with mock.patch.object(ContextParallel, "exchanges", "nccl"):
+        recorder = recorders.choose_recorder(torch.device("cpu"), parallel, exchange=exchange, make=make)
+    assert before == dict(parallel.traffic.bytes_sent), "a test of the exchanges counts as none"
+    return None if recorder is None else type(recorder).__name__
 
 
 def stop_early(parallel: ContextParallel, *, folder: str, arguments: dict, how: str) -> tuple[int, int]:

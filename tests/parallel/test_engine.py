@@ -198,19 +198,42 @@ def test_a_thread_of_rank_0_closes_all(ranks, toy) -> None:
     [
         ((2, 1, 1), ["works", "works"], None),
         ((1, 2, 1), ["works", "works"], None),
+        ((2, 1, 1), ["in pieces"] * 2, None),
+        ((1, 3, 1), ["in pieces"] * 3, None),
+        ((2, 2, 1), ["in pieces"] * 4, None),
+        ((1, 1, 2), ["in pieces"] * 2, None),
         ((2, 1, 1), ["works", "refuses"], ["it does not work on another rank", "it fails (operation not permitted"]),
         ((2, 1, 1), ["is another", "works"], ["a replay is nan off", "it does not work on another rank"]),
     ],
     ids=str,
 )
 def test_ranks_record_together_or_not_at_all(ranks, expected, degrees, kinds: list[str], said) -> None:
-    folder, _, arguments = expected("distilled", "t2v")
-    plain = ranks.run("generate", degrees, folder=folder, arguments=arguments)[0][0]
-    results = ranks.run("generate_recorded", degrees, folder=folder, arguments=arguments, kinds=kinds)
-    for rank, (latents, replays, problem) in enumerate(results):
-        assert torch.equal(latents, plain)
+    folder, _, arguments = expected("base" if degrees[2] > 1 else "distilled", "t2v")
+    if degrees[2] > 1:
+        arguments = {**arguments, "guidance_scale": 3.0}
+    run = functools.partial(ranks.run, "generate_recorded", degrees, folder=folder, arguments=arguments)
+    plain = run(kinds=["plain"] * len(kinds))
+    results = run(kinds=kinds)
+    for rank, (latents, replays, problem, sent) in enumerate(results):
+        assert torch.equal(latents, plain[rank][0])
+        assert sent == plain[rank][3], "what replays send is counted, what recording takes is not"
         if said is None:
             assert problem is None
-            assert replays > 3, "steps after the first of a stage are replayed"
+            assert replays > 2, "steps after the first of a stage are replayed"
         else:
             assert said[rank] in problem
+
+
+@pytest.mark.parametrize(
+    ("degrees", "kinds", "exchange", "expected"),
+    [
+        ((2, 1, 1), ["works", "works"], "packed", "Rerun"),
+        ((1, 2, 2), ["works"] * 4, "packed", "Rerun"),
+        ((2, 1, 1), ["works", "refuses"], "packed", "TapeRecorder"),
+        ((1, 1, 2), ["is another", "works"], "packed", "TapeRecorder"),
+        ((1, 2, 1), ["refuses", "works"], "xfuser", None),
+    ],
+    ids=str,
+)
+def test_exchanges_are_recorded_only_where_a_test_passes(ranks, degrees, kinds, exchange, expected) -> None:
+    assert ranks.run("choose_recorder", degrees, kinds=kinds, exchange=exchange) == [expected] * len(kinds)

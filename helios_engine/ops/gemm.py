@@ -1,0 +1,182 @@
+"""Linear layers with the fastest algorithm for their shape, found by trying when a shape first comes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from helios_engine.ops import native
+from helios_engine.ops.cublaslt import ALIGNMENT, Algorithm, CublasLt, Product, Shape
+
+logger = logging.getLogger(__name__)
+_CANDIDATES = 8
+_WORKSPACE = 32 * 2**20  # bytes, as torch has on Hopper
+_GAIN = 0.98  # of torch's own time: less is noise
+_TOLERANCE = 1e-2  # relative; a wrong algorithm is far off, another order of sums is not
+_DTYPES = (torch.bfloat16, torch.float16)
+Known = Mapping[str, tuple[tuple[int, ...], int] | None]
+
+
+class Bench(Protocol):
+    """Where products run and how long they take there."""
+
+    def stream(self, device: torch.device) -> int:
+        """Address of the current stream."""
+
+    def is_recording(self) -> bool:
+        """Whether what is enqueued is recorded and not done, so that nothing can be tried."""
+
+    def seconds(self, works: list[Callable[[], object]]) -> list[float]:
+        """Time that each of several works takes, measured in turns."""
+
+
+class CudaBench:
+    """The current stream and events on it."""
+
+    def stream(self, device: torch.device) -> int:
+        return torch.cuda.current_stream(device).cuda_stream
+
+    def is_recording(self) -> bool:
+        return torch.cuda.is_current_stream_capturing()
+
+    def seconds(self, works: list[Callable[[], object]]) -> list[float]:
+        best = [float("inf")] * len(works)
+        for _ in range(4):  # the first round warms up; rounds share what the clock does meanwhile
+            for place, work in enumerate(works):
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                for _ in range(3):
+                    work()
+                end.record()
+                end.synchronize()
+                best[place] = min(best[place], start.elapsed_time(end) / 3e3)
+        return best
+
+
+class TunedGemms:
+    """x weight^T + bias. A shape that comes for the first time is tried with the algorithms cuBLASLt names for it, each held
+    against torch's numbers and time; torch's own stays where none is faster. Choices are remembered by the caller.
+    """
+
+    def __init__(self, library: CublasLt, bench: Bench, *, known: Known, keep: Callable[[Known], None]) -> None:
+        """known are the choices of an earlier run, by shape; keep is handed all choices after a new one."""
+        self._library, self._bench, self._keep = library, bench, keep
+        self._known = dict(known)
+        self._products: dict[Shape, tuple[Product, Algorithm] | None] = {}
+        self._workspaces: dict[tuple[torch.device, int], Tensor] = {}
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor, *, gelu: bool = False) -> Tensor:
+        """[..., columns] for x [..., inner], through tanh-GELU where that is wanted; as ops.linear_gelu rounds."""
+        shape = _shape_of(x, weight, bias, gelu)
+        if shape is None:
+            return _own(x, weight, bias, gelu)
+        if shape not in self._products:
+            if self._bench.is_recording():
+                return _own(x, weight, bias, gelu)
+            self._products[shape] = self._chosen(shape, x, weight, bias)
+        found = self._products[shape]
+        if found is None or not self._has_workspace(found[1], x):
+            return _own(x, weight, bias, gelu)
+        return self._run(*found, shape, x, weight, bias)
+
+    @property
+    def choices(self) -> Known:
+        """Shape -> (an algorithm's words, its workspace), or None for torch's own."""
+        return self._known
+
+    def close(self) -> None:
+        for found in self._products.values():
+            if found is not None:
+                found[0].close()
+        self._products.clear()
+        self._workspaces.clear()
+        self._library.close()
+
+    def _run(
+        self, product: Product, algorithm: Algorithm, shape: Shape, x: Tensor, weight: Tensor, bias: Tensor
+    ) -> Tensor:
+        out = x.new_empty(*x.shape[:-1], shape.columns)
+        stream, workspace = self._bench.stream(x.device), (0, 0)
+        if algorithm.workspace:
+            workspace = (self._workspaces[x.device, stream].data_ptr(), _WORKSPACE)
+        operands = (weight.data_ptr(), x.data_ptr(), bias.data_ptr(), out.data_ptr())
+        product.run(*operands, algorithm.words, workspace, stream)
+        return out
+
+    def _has_workspace(self, algorithm: Algorithm, x: Tensor) -> bool:
+        """Make it where it is missing; products on different streams may run at the same time, so each has its own."""
+        place = (x.device, self._bench.stream(x.device))
+        if algorithm.workspace and place not in self._workspaces:
+            if self._bench.is_recording():
+                return False  # its memory would be the recording's
+            self._workspaces[place] = x.new_empty(_WORKSPACE, dtype=torch.uint8)
+        return True
+
+    def _chosen(self, shape: Shape, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Product, Algorithm] | None:
+        product, name = Product(self._library, shape), _name(shape)
+        if name not in self._known:
+            self._known[name] = self._tried(product, shape, x, weight, bias)
+            self._keep(self._known)
+        choice = self._known[name]
+        if choice is not None:
+            return product, Algorithm(*choice)
+        product.close()
+        return None
+
+    def _tried(
+        self, product: Product, shape: Shape, x: Tensor, weight: Tensor, bias: Tensor
+    ) -> tuple[tuple[int, ...], int] | None:
+        expected = _own(x, weight, bias, shape.gelu)
+        candidates = product.candidates(bias.data_ptr(), count=_CANDIDATES, workspace=_WORKSPACE)
+        works = {}
+        for algorithm in candidates:
+            self._has_workspace(algorithm, x)
+            try:
+                error = _relative_error(self._run(product, algorithm, shape, x, weight, bias), expected)
+            except RuntimeError as reason:
+                logger.debug("%s: a candidate does not run: %s", _name(shape), reason)
+                continue
+            if error <= _TOLERANCE:  # NaN is none
+                works[algorithm] = lambda a=algorithm: self._run(product, a, shape, x, weight, bias)
+        own, *times = self._bench.seconds([lambda: _own(x, weight, bias, shape.gelu), *works.values()])
+        best = min(zip(times, works, strict=True), key=lambda pair: pair[0], default=None)
+        if best is None or best[0] > _GAIN * own:
+            logger.info("%s: torch's own algorithm, %.3f ms", _name(shape), 1e3 * own)
+            return None
+        logger.info("%s: %.3f ms, torch's own algorithm takes %.3f", _name(shape), 1e3 * best[0], 1e3 * own)
+        return best[1].words, best[1].workspace
+
+
+def _own(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool) -> Tensor:
+    return native.linear_gelu(x, weight, bias) if gelu else F.linear(x, weight, bias)
+
+
+def _shape_of(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool) -> Shape | None:
+    """None for what is torch's alone: other dtypes, rows that are not evenly spaced, odd addresses, nothing at all."""
+    if x.dtype not in _DTYPES or not x.numel() or not weight.is_contiguous() or x.stride(-1) != 1:
+        return None
+    rows = x.numel() // x.size(-1)
+    stride = x.size(-1) if x.is_contiguous() else x.stride(-2)
+    if not x.is_contiguous() and rows != x.size(-2):  # several videos, each a part of its rows
+        return None
+    odd = [t for t in (x, weight, bias) if t.data_ptr() % ALIGNMENT]
+    if odd or stride * x.element_size() % ALIGNMENT or weight.size(0) * x.element_size() % ALIGNMENT:
+        return None
+    if gelu and not native.epilogue_is_tanh(x.device):
+        return None  # bias and GELU are two steps there, and another's epilogue would not do
+    return Shape(rows, x.size(-1), weight.size(0), stride, x.dtype, gelu)
+
+
+def _name(shape: Shape) -> str:
+    gelu = " gelu" if shape.gelu else ""
+    return f"{shape.rows}x{shape.inner}x{shape.columns} every {shape.stride} {str(shape.dtype)[6:]}{gelu}"
+
+
+def _relative_error(actual: Tensor, expected: Tensor) -> float:
+    difference = (actual.float() - expected.float()).norm()
+    return (difference / expected.float().norm().clamp_min(1e-12)).item()
