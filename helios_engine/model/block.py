@@ -233,6 +233,8 @@ class Block(nn.Module):
         if isinstance(layer, Fp8Linear):
             rows = layer(x, start)
             return ops.gelu_(rows) if gelu else rows
+        if self.gemms is None and not (start or gelu):
+            return layer(x)
         weight, bias = layer.weight[start:], layer.bias[start:]
         if self.gemms is not None:
             return self.gemms(x, weight, bias, gelu=gelu)
