@@ -6,7 +6,7 @@
 STABLE_TORCH_LIBRARY(helios, m) {
   m.def(
       "residual_gate_norm(Tensor(a!) x, Tensor? y, Tensor? gate, Tensor? weight, Tensor? bias, "
-      "Tensor(b!)? out, "
+      "Tensor(b!)? out, Tensor(c!)? scale, "
       "int num_history, float eps) -> ()");
   m.def(
       "qk_rmsnorm_rope(Tensor(a!) qkv, Tensor q_weight, Tensor k_weight, Tensor rotation, Tensor? "
@@ -39,7 +39,7 @@ STABLE_TORCH_LIBRARY(helios, m) {
   m.def("channel_norm_silu(Tensor x, Tensor gamma, Tensor(a!) out, bool silu) -> ()");
   m.def("upsample_nearest(Tensor x, Tensor(a!) out) -> ()");
   m.def("bias_residual(Tensor(a!) x, Tensor? bias, Tensor? residual) -> ()");
-  m.def("quantize_rows(Tensor x, Tensor(a!) out, Tensor(b!) scale) -> ()");
+  m.def("quantize_rows(Tensor x, Tensor(a!) out, Tensor(b!) scale, bool gelu) -> ()");
 }
 
 #define HELIOS_IMPL(m)                                                           \

@@ -11,7 +11,8 @@ using MaybeTensor = std::optional<Tensor>;
 
 void bind_residual_gate_norm(const Tensor x, const MaybeTensor y, const MaybeTensor gate,
                              const MaybeTensor weight, const MaybeTensor bias,
-                             const MaybeTensor out, int64_t num_history, double eps);
+                             const MaybeTensor out, const MaybeTensor scale, int64_t num_history,
+                             double eps);
 void bind_qk_rmsnorm_rope(const Tensor qkv, const Tensor q_weight, const Tensor k_weight,
                           const Tensor rotation, const MaybeTensor history_scale,
                           int64_t num_history, int64_t first_query, double eps);
@@ -39,6 +40,6 @@ void bind_cfg_combine(const Tensor positive, const Tensor negative, const Tensor
 void bind_channel_norm_silu(const Tensor x, const Tensor gamma, const Tensor out, bool silu);
 void bind_upsample_nearest(const Tensor x, const Tensor out);
 void bind_bias_residual(const Tensor x, const MaybeTensor bias, const MaybeTensor residual);
-void bind_quantize_rows(const Tensor x, const Tensor out, const Tensor scale);
+void bind_quantize_rows(const Tensor x, const Tensor out, const Tensor scale, bool gelu);
 
 }  // namespace helios

@@ -4,10 +4,10 @@
 
 namespace helios {
 
-void bind_quantize_rows(const Tensor x, const Tensor out, const Tensor scale) {
+void bind_quantize_rows(const Tensor x, const Tensor out, const Tensor scale, bool gelu) {
   QuantizeRows args{};
   args.x = rows_of(x, "x");
-  args.dtype = dtype_of(x, "x");
+  args.dtype = dtype_of(x, "x"), args.gelu = gelu;
   args.batch = x.size(0), args.rows = x.size(1), args.width = x.size(2);
   check_same(x, out, "out"), check_dtype(out, ScalarType::Byte, "out");
   check_contiguous(out, "out"), check_shape(x, out, "out");

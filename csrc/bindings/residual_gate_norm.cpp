@@ -21,7 +21,8 @@ const float* segment_rows(const Tensor& x, const Tensor& rows, const char* name,
 
 void bind_residual_gate_norm(const Tensor x, const MaybeTensor y, const MaybeTensor gate,
                              const MaybeTensor weight, const MaybeTensor bias,
-                             const MaybeTensor out, int64_t num_history, double eps) {
+                             const MaybeTensor out, const MaybeTensor scale, int64_t num_history,
+                             double eps) {
   ResidualGateNorm args{};
   args.x = rows_of(x, "x");
   args.dtype = dtype_of(x, "x");
@@ -37,10 +38,18 @@ void bind_residual_gate_norm(const Tensor x, const MaybeTensor y, const MaybeTen
   if (out.has_value()) {
     STD_TORCH_CHECK(weight.has_value() && bias.has_value(), "a norm needs weight and bias");
     check_same(x, *out, "out"), check_shape(x, *out, "out"),
-        check_dtype(*out, x.scalar_type(), "out");
+        check_dtype(*out, scale.has_value() ? ScalarType::Byte : x.scalar_type(), "out");
     args.out = rows_of(*out, "out");
     args.weight = segment_rows(x, *weight, "weight", &args.weight_stride);
     args.bias = segment_rows(x, *bias, "bias", &args.bias_stride);
+  }
+  if (scale.has_value()) {
+    STD_TORCH_CHECK(out.has_value(), "scales are of an out in 8 bits");
+    check_same(x, *scale, "scale"), check_dtype(*scale, ScalarType::Float, "scale");
+    args.scale = rows_of(*scale, "scale");
+    STD_TORCH_CHECK(
+        scale->size(0) == args.batch && scale->size(1) == args.rows && scale->size(2) == 1,
+        "scale must be [batch, rows, 1]");
   }
   if (x.numel() == 0) return;
   launch(x, args, HELIOS_TWINS(residual_gate_norm));

@@ -12,10 +12,13 @@ struct QuantizeRows {
   std::uint8_t* out;  // [batch, rows, width] contiguous
   float* scale;       // [batch * rows]
   std::int64_t batch, rows, width;
+  bool gelu;    // of tanh-GELU of x, rounded to dtype, instead of x
   DType dtype;  // of x
 };
 
 constexpr float kLargestE4m3 = 448.0f;
+constexpr float kGeluBeta = 0.7978845608028654f;  // sqrt(2 / pi)
+constexpr float kGeluKappa = 0.044715f;
 constexpr float kLeastTop = 1e-12f;  // of a row's largest magnitude, so that zeros stay zeros
 
 // out = e4m3(x * (448 / top)) to nearest, ties to even; scale = top / 448; top = max(|x|), at least

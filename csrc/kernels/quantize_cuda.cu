@@ -1,7 +1,4 @@
-#include <cuda_fp8.h>
-
-#include "cuda.cuh"
-#include "quantize.h"
+#include "fp8.cuh"
 
 namespace helios {
 namespace {
@@ -11,29 +8,13 @@ using std::int64_t;
 constexpr int kThreads = 320;
 constexpr int kWarps = kThreads / 32;
 
-// The larger one, or NaN where one of them is.
-__device__ __forceinline__ float larger(float a, float b) { return a > b || a != a ? a : b; }
-
-// The block's largest value on all threads. scratch holds a float per warp.
-__device__ __forceinline__ float block_top(float value, float* scratch) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2)
-    value = larger(value, __shfl_xor_sync(0xffffffffu, value, step));
-  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
-  __syncthreads();
-  value = scratch[0];
-#pragma unroll
-  for (int warp = 1; warp < kWarps; ++warp) value = larger(value, scratch[warp]);
-  __syncthreads();  // all have read before the next row writes
-  return value;
-}
-
-__device__ __forceinline__ std::uint16_t e4m3_pair(float first, float second) {
-  return __nv_cvt_float2_to_fp8x2(make_float2(first, second), __NV_SATFINITE, __NV_E4M3);
+template <typename T>
+__device__ __forceinline__ float tanh_gelu(float x) {
+  return rounded<T>(0.5f * x * (1.0f + tanhf(kGeluBeta * (x + kGeluKappa * (x * x * x)))));
 }
 
 // One block per row, which is read twice; the second time it comes from the cache.
-template <typename T>
+template <typename T, bool kGelu>
 __global__ void __launch_bounds__(kThreads) quantize_vectors(const QuantizeRows args) {
   __shared__ float scratch[kWarps];
   constexpr int kSize = Vector<T>::kSize;
@@ -46,32 +27,25 @@ __global__ void __launch_bounds__(kThreads) quantize_vectors(const QuantizeRows 
     for (int64_t i = threadIdx.x * kSize; i < args.width; i += kThreads * kSize) {
       part.load(x + i);
 #pragma unroll
-      for (int k = 0; k < kSize; ++k) top = larger(fabsf(part.values[k]), top);
+      for (int k = 0; k < kSize; ++k) {
+        if (kGelu) part.values[k] = tanh_gelu<T>(part.values[k]);
+        top = larger(fabsf(part.values[k]), top);
+      }
     }
-    top = block_top(top, scratch);
+    top = block_top<kWarps>(top, scratch);
     if (top < kLeastTop) top = kLeastTop;
     const float factor = kLargestE4m3 / top;
     for (int64_t i = threadIdx.x * kSize; i < args.width; i += kThreads * kSize) {
       part.load(x + i);
-      std::uint16_t pairs[kSize / 2];
 #pragma unroll
-      for (int k = 0; k < kSize; k += 2)
-        pairs[k / 2] = e4m3_pair(part.values[k] * factor, part.values[k + 1] * factor);
-      if constexpr (kSize == 8) {
-        uint2 bits;
-        memcpy(&bits, pairs, sizeof bits);
-        *reinterpret_cast<uint2*>(out + i) = bits;
-      } else {
-        std::uint32_t bits;
-        memcpy(&bits, pairs, sizeof bits);
-        *reinterpret_cast<std::uint32_t*>(out + i) = bits;
-      }
+      for (int k = 0; kGelu && k < kSize; ++k) part.values[k] = tanh_gelu<T>(part.values[k]);
+      store_e4m3<kSize>(out + i, part.values, factor);
     }
     if (threadIdx.x == 0) args.scale[index] = top / kLargestE4m3;
   }
 }
 
-template <typename T>
+template <typename T, bool kGelu>
 __global__ void __launch_bounds__(kThreads) quantize_any(const QuantizeRows args) {
   __shared__ float scratch[kWarps];
   const int64_t total = args.batch * args.rows;
@@ -79,28 +53,35 @@ __global__ void __launch_bounds__(kThreads) quantize_any(const QuantizeRows args
     const T* x = row_at<T>(args.x, index / args.rows, index % args.rows);
     std::uint8_t* out = args.out + index * args.width;
     float top = 0.0f;
-    for (int64_t i = threadIdx.x; i < args.width; i += kThreads)
-      top = larger(fabsf(to_float(x[i])), top);
-    top = block_top(top, scratch);
+    const auto value = [x](int64_t i) {
+      return kGelu ? tanh_gelu<T>(to_float(x[i])) : to_float(x[i]);
+    };
+    for (int64_t i = threadIdx.x; i < args.width; i += kThreads) top = larger(fabsf(value(i)), top);
+    top = block_top<kWarps>(top, scratch);
     if (top < kLeastTop) top = kLeastTop;
     const float factor = kLargestE4m3 / top;
     for (int64_t i = threadIdx.x; i < args.width; i += kThreads)
-      out[i] = static_cast<std::uint8_t>(e4m3_pair(to_float(x[i]) * factor, 0.0f) & 0xff);
+      out[i] = static_cast<std::uint8_t>(e4m3_pair(value(i) * factor, 0.0f) & 0xff);
     if (threadIdx.x == 0) args.scale[index] = top / kLargestE4m3;
   }
 }
 
-template <typename T>
-int run(const QuantizeRows& args, cudaStream_t stream) {
+template <typename T, bool kGelu>
+int run_with(const QuantizeRows& args, cudaStream_t stream) {
   const int blocks = grid_for(args.batch * args.rows);
   const bool fits = args.width % Vector<T>::kSize == 0 && has_aligned_rows(args.x, sizeof(T)) &&
                     is_aligned(args.out);
   if (fits) {
-    launch(quantize_vectors<T>, blocks, kThreads, stream, args);
+    launch(quantize_vectors<T, kGelu>, blocks, kThreads, stream, args);
   } else {
-    launch(quantize_any<T>, blocks, kThreads, stream, args);
+    launch(quantize_any<T, kGelu>, blocks, kThreads, stream, args);
   }
   return finish();
+}
+
+template <typename T>
+int run(const QuantizeRows& args, cudaStream_t stream) {
+  return args.gelu ? run_with<T, true>(args, stream) : run_with<T, false>(args, stream);
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
 #include "lanes.h"
+#include "quantize_row.h"
 #include "residual_gate_norm.h"
 
 namespace helios {
@@ -24,21 +25,39 @@ float sum_row(const T* x, int64_t width) {
   });
 }
 
-// next and next_y are what comes from memory while this row is computed.
 template <typename T>
-void norm_row(const T* x, const T* next, const T* next_y, float sum, T* out, const float* weight,
-              const float* bias, int64_t width, float eps) {
-  const float mean = sum / static_cast<float>(width);
+float inverse_deviation(const T* x, float mean, int64_t width, float eps) {
   const float squares = sum_of(width, [=](auto kind, int64_t i) {
     typedef typename decltype(kind)::type V;
     const V distance = load<V>(x + i) - mean;
     return distance * distance;
   });
-  const float inverse_std = 1.0f / sqrtf(squares / static_cast<float>(width) + eps);
+  return 1.0f / sqrtf(squares / static_cast<float>(width) + eps);
+}
+
+// next and next_y are what comes from memory while this row is computed.
+template <typename T>
+void norm_row(const T* x, const T* next, const T* next_y, float sum, T* out, const float* weight,
+              const float* bias, int64_t width, float eps) {
+  const float mean = sum / static_cast<float>(width);
+  const float inverse_std = inverse_deviation(x, mean, width, eps);
   for_each(width, [=](auto kind, int64_t i) {
     typedef typename decltype(kind)::type V;
     store(out + i, (load<V>(x + i) - mean) * inverse_std * load<V>(weight + i) + load<V>(bias + i));
   });
+}
+
+template <typename T>
+float quantized_norm_row(const T* x, float sum, uint8_t* out, const float* weight,
+                         const float* bias, int64_t width, float eps) {
+  const float mean = sum / static_cast<float>(width);
+  const float inverse_std = inverse_deviation(x, mean, width, eps);
+  return quantize_row(
+      [=](int64_t i) {
+        const float h = (to_float(x[i]) - mean) * inverse_std * weight[i] + bias[i];
+        return to_float(from_float<T>(h));
+      },
+      width, out);
 }
 
 template <typename T>
@@ -52,7 +71,11 @@ void run(const ResidualGateNorm& args) {
     const T* y = args.y.data == nullptr ? nullptr : row_at<T>(args.y, batch, row);
     const float* gate = args.gate == nullptr ? nullptr : args.gate + segment * args.gate_stride;
     const float sum = y == nullptr ? sum_row(x, args.width) : add_row(x, y, gate, args.width);
-    if (args.out.data != nullptr) {
+    if (args.scale.data != nullptr) {
+      *row_at<float>(args.scale, batch, row) = quantized_norm_row(
+          x, sum, row_at<uint8_t>(args.out, batch, row), args.weight + segment * args.weight_stride,
+          args.bias + segment * args.bias_stride, args.width, args.eps);
+    } else if (args.out.data != nullptr) {
       norm_row(x, x + args.x.row_stride, y == nullptr ? x : y + args.y.row_stride, sum,
                row_at<T>(args.out, batch, row), args.weight + segment * args.weight_stride,
                args.bias + segment * args.bias_stride, args.width, args.eps);

@@ -1,14 +1,15 @@
-#include "cuda.cuh"
+#include "fp8.cuh"
 #include "residual_gate_norm.h"
 
 namespace helios {
 namespace {
 
-constexpr int kThreads = 320;  // 5120 elements are two vectors of eight 16-bit numbers each
+constexpr int kWarps = 10;
+constexpr int kThreads = 32 * kWarps;  // 5120 elements are two vectors of eight 16-bit numbers each
 
 // One block per row. kVectors > 0: the row is exactly kThreads * kVectors vectors and stays in
 // registers.
-template <typename T, int kVectors>
+template <typename T, int kVectors, bool kEightBits>
 __global__ void __launch_bounds__(kThreads)
     residual_gate_norm_registers(const ResidualGateNorm args) {
   __shared__ float scratch[33];
@@ -53,18 +54,30 @@ __global__ void __launch_bounds__(kThreads)
     }
     const float inverse_std =
         rsqrtf(block_sum(squares, scratch) / static_cast<float>(args.width) + args.eps);
-    T* out = row_at<T>(args.out, batch, row);
+    float top = 0.0f;
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
       const int start = (v * kThreads + threadIdx.x) * kSize;
       float weight[kSize], bias[kSize];
       load_floats<kSize>(weight, args.weight + segment * args.weight_stride + start);
       load_floats<kSize>(bias, args.bias + segment * args.bias_stride + start);
-      Vector<T> h;
 #pragma unroll
-      for (int i = 0; i < kSize; ++i)
-        h.values[i] = (x[v].values[i] - mean) * inverse_std * weight[i] + bias[i];
-      h.store(out + start);
+      for (int i = 0; i < kSize; ++i) {
+        const float h = (x[v].values[i] - mean) * inverse_std * weight[i] + bias[i];
+        x[v].values[i] = kEightBits ? rounded<T>(h) : h;
+        if (kEightBits) top = larger(fabsf(x[v].values[i]), top);
+      }
+      if (!kEightBits) x[v].store(row_at<T>(args.out, batch, row) + start);
+    }
+    if constexpr (kEightBits) {
+      top = block_top<kWarps>(top, scratch);
+      if (top < kLeastTop) top = kLeastTop;
+      std::uint8_t* out = row_at<std::uint8_t>(args.out, batch, row);
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v)
+        store_e4m3<kSize>(out + (v * kThreads + threadIdx.x) * kSize, x[v].values,
+                          kLargestE4m3 / top);
+      if (threadIdx.x == 0) *row_at<float>(args.scale, batch, row) = top / kLargestE4m3;
     }
   }
 }
@@ -98,12 +111,26 @@ __global__ void __launch_bounds__(kThreads) residual_gate_norm_any(const Residua
     }
     const float inverse_std =
         rsqrtf(block_sum(squares, scratch) / static_cast<float>(args.width) + args.eps);
-    T* out = row_at<T>(args.out, batch, row);
-    for (std::int64_t i = threadIdx.x; i < args.width; i += kThreads) {
-      const float weight = args.weight[segment * args.weight_stride + i];
-      const float bias = args.bias[segment * args.bias_stride + i];
-      out[i] = from_float<T>((to_float(x[i]) - mean) * inverse_std * weight + bias);
+    const float* weight = args.weight + segment * args.weight_stride;
+    const float* bias = args.bias + segment * args.bias_stride;
+    const auto normed = [=](std::int64_t i) {
+      return from_float<T>((to_float(x[i]) - mean) * inverse_std * weight[i] + bias[i]);
+    };
+    if (args.scale.data == nullptr) {
+      T* out = row_at<T>(args.out, batch, row);
+      for (std::int64_t i = threadIdx.x; i < args.width; i += kThreads) out[i] = normed(i);
+      continue;
     }
+    float top = 0.0f;
+    for (std::int64_t i = threadIdx.x; i < args.width; i += kThreads)
+      top = larger(fabsf(to_float(normed(i))), top);
+    top = block_top<kWarps>(top, scratch);
+    if (top < kLeastTop) top = kLeastTop;
+    const float factor = kLargestE4m3 / top;
+    std::uint8_t* out = row_at<std::uint8_t>(args.out, batch, row);
+    for (std::int64_t i = threadIdx.x; i < args.width; i += kThreads)
+      out[i] = static_cast<std::uint8_t>(e4m3_pair(to_float(normed(i)) * factor, 0.0f) & 0xff);
+    if (threadIdx.x == 0) *row_at<float>(args.scale, batch, row) = top / kLargestE4m3;
   }
 }
 
@@ -115,8 +142,9 @@ bool fits_vectors(const ResidualGateNorm& args) {
   if (args.y.data != nullptr) fits = fits && has_aligned_rows(args.y, sizeof(T));
   if (args.gate != nullptr) fits = fits && is_aligned(args.gate) && args.gate_stride % 4 == 0;
   if (args.out.data != nullptr) {
-    fits = fits && has_aligned_rows(args.out, sizeof(T)) && is_aligned(args.weight) &&
-           is_aligned(args.bias) && args.weight_stride % 4 == 0 && args.bias_stride % 4 == 0;
+    fits = fits && has_aligned_rows(args.out, args.scale.data == nullptr ? sizeof(T) : 1) &&
+           is_aligned(args.weight) && is_aligned(args.bias) && args.weight_stride % 4 == 0 &&
+           args.bias_stride % 4 == 0;
   }
   return fits;
 }
@@ -126,7 +154,11 @@ int run(const ResidualGateNorm& args, cudaStream_t stream) {
   const int blocks = grid_for(args.batch * args.rows);
   if (fits_vectors<T>(args)) {
     constexpr int kVectors = 5120 / kThreads / Vector<T>::kSize;
-    launch(residual_gate_norm_registers<T, kVectors>, blocks, kThreads, stream, args);
+    if (args.scale.data == nullptr) {
+      launch(residual_gate_norm_registers<T, kVectors, false>, blocks, kThreads, stream, args);
+    } else {
+      launch(residual_gate_norm_registers<T, kVectors, true>, blocks, kThreads, stream, args);
+    }
   } else {
     launch(residual_gate_norm_any<T>, blocks, kThreads, stream, args);
   }

@@ -18,7 +18,9 @@ from helios_engine.ops import native as ops
 from helios_engine.ops.attention import Attention
 from helios_engine.ops.fp8 import Fp8Linear
 from helios_engine.ops.gemm import TunedGemms
+from helios_engine.ops.reference import EightBitRows
 
+Normed = Tensor | EightBitRows
 _MAX_HISTORY_SCALE = 10.0
 
 
@@ -97,15 +99,18 @@ class Block(nn.Module):
         scale = 1.0 + torch.sigmoid(self.history_key_scale) * (_MAX_HISTORY_SCALE - 1.0)
         return scale.expand(self.num_heads)
 
-    def normed(self, x_BLD: Tensor, rows: Modulation, *, num_history: int) -> Tensor:
+    def normed(self, x_BLD: Tensor, rows: Modulation, *, num_history: int) -> Normed:
         """x as project takes it."""
         return ops.norm_scale_shift(
-            x_BLD, rows.attention_weight, rows.attention_bias, num_history=num_history, eps=self.eps
+            *(x_BLD, rows.attention_weight, rows.attention_bias),
+            num_history=num_history,
+            eps=self.eps,
+            out=self._room_for(x_BLD),
         )
 
     def project(
         self,
-        h_BLD: Tensor,
+        h_BLD: Normed,
         rotation_LK2: Tensor,
         *,
         num_history: int,
@@ -119,8 +124,8 @@ class Block(nn.Module):
         """
         self._need("qkv")
         if first_query:
-            qkv = h_BLD.new_empty(*h_BLD.shape[:2], 3 * h_BLD.size(-1))
-            dim = h_BLD.size(-1)
+            dim = h_BLD.shape[-1]
+            qkv = self.norm_q.new_empty(*h_BLD.shape[:2], 3 * dim)
             qkv[:, :first_query, dim:] = self._linear(self.qkv, h_BLD[:, :first_query], start=dim)
             qkv[:, first_query:] = self._linear(self.qkv, h_BLD[:, first_query:])
         else:
@@ -144,7 +149,7 @@ class Block(nn.Module):
         num_history: int,
         noisy_only: bool,
         attend: Callable[[], Tensor],
-    ) -> Tensor | None:
+    ) -> Normed | None:
         """x += gate * self-attention, for all rows or for the noisy ones alone; returns those rows through the middle norm.
 
         attend() gives the attended rows [B, l, H, K]; it may talk to other ranks. Without a text norm nothing is returned.
@@ -162,6 +167,7 @@ class Block(nn.Module):
             *(own, update, gate, rows.middle_weight, rows.middle_bias),
             num_history=num_history - skipped,
             eps=self.eps,
+            out=self._room_for(own),
         )
 
     def text_keys_values(self, text_BTD: Tensor) -> Tensor:
@@ -174,7 +180,7 @@ class Block(nn.Module):
     def attend_text_(
         self,
         x_BLD: Tensor,
-        h_BLD: Tensor | None,
+        h_BLD: Normed | None,
         text_kv_BTD: Tensor,
         rows: Modulation,
         *,
@@ -204,15 +210,18 @@ class Block(nn.Module):
         )
 
     def feed_forward_(
-        self, x_BLD: Tensor, h_BLD: Tensor | None, rows: Modulation, following: Modulation | None, *, num_history: int
-    ) -> Tensor | None:
+        self, x_BLD: Tensor, h_BLD: Normed | None, rows: Modulation, following: Modulation | None, *, num_history: int
+    ) -> Normed | None:
         """x += gate * feed-forward; returns x as the following block's project takes it, where there is one.
 
         h is x through the feed-forward's norm, or None to have it computed.
         """
         if h_BLD is None:
             h_BLD = ops.norm_scale_shift(
-                x_BLD, rows.feed_forward_weight, rows.feed_forward_bias, num_history=num_history, eps=self.eps
+                *(x_BLD, rows.feed_forward_weight, rows.feed_forward_bias),
+                num_history=num_history,
+                eps=self.eps,
+                out=self._room_for(x_BLD),
             )
         self._need("ffn_up")
         hidden = self._linear(self.ffn_up, h_BLD, gelu=True)
@@ -226,13 +235,20 @@ class Block(nn.Module):
             *(x_BLD, update, gate, following.attention_weight, following.attention_bias),
             num_history=num_history,
             eps=self.eps,
+            out=self._room_for(x_BLD),
         )
 
-    def _linear(self, layer: nn.Linear | Fp8Linear, x: Tensor, *, start: int = 0, gelu: bool = False) -> Tensor:
-        """A layer's outputs from start on, through tanh-GELU where that is wanted."""
+    def _room_for(self, x_BLD: Tensor) -> EightBitRows | None:
+        """What a norm writes to: rows in 8 bits where the products read such, else None for rows like x's."""
+        return EightBitRows.empty_like(x_BLD) if isinstance(self.qkv, Fp8Linear) else None
+
+    def _linear(
+        self, layer: nn.Linear | Fp8Linear, x: Normed, *, start: int = 0, gelu: bool = False
+    ) -> Tensor | EightBitRows:
+        """A layer's outputs from start on; through tanh-GELU where that is wanted, and then as the next layer reads them."""
         if isinstance(layer, Fp8Linear):
             rows = layer(x, start)
-            return ops.gelu_(rows) if gelu else rows
+            return ops.quantize_rows(rows, gelu=True) if gelu else rows
         if self.gemms is None and not (start or gelu):
             return layer(x)
         weight, bias = layer.weight[start:], layer.bias[start:]

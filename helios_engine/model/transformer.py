@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from helios_engine.config import ModelConfig
 from helios_engine.model import rope
-from helios_engine.model.block import Block, Modulation
+from helios_engine.model.block import Block, Modulation, Normed
 from helios_engine.model.cache import BoundedCache
 from helios_engine.model.context import ChunkContext, StepRows, TextContext
 from helios_engine.model.embed import Embedder, HistoryWindow, TimeRows
@@ -221,7 +221,7 @@ class Transformer(nn.Module):
     def _finish(
         self,
         x_BlD: Tensor,
-        h_BlD: Tensor | None,
+        h_BlD: Normed | None,
         work: _Forward,
         place: int,
         step_rows: StepRows,
@@ -256,7 +256,7 @@ class Transformer(nn.Module):
                     h_BlD = self._attend_self_(index, x_BlD, h_BlD, work, place)
             first = num_history if index == last else 0  # h's first row in x
 
-            def part(start: int, h: Tensor | None = h_BlD, first: int = first) -> Tensor | None:
+            def part(start: int, h: Normed | None = h_BlD, first: int = first) -> Normed | None:
                 return None if h is None else h[:, start - first :]
 
             with span("cross_attention"):
@@ -276,8 +276,8 @@ class Transformer(nn.Module):
         return self._output(x_BlD[:, num_history:], step_rows)
 
     def _attend_self_(
-        self, index: int, x_BlD: Tensor, h_BlD: Tensor | None, work: _Forward, place: int | None = None
-    ) -> Tensor | None:
+        self, index: int, x_BlD: Tensor, h_BlD: Normed | None, work: _Forward, place: int | None = None
+    ) -> Normed | None:
         """One block's self-attention; h is x as the block projects it, or None to have it computed.
 
         place is the prompt's among the texts, None in the first block.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from helios_engine.ops import native as ops
+from helios_engine.ops.reference import EightBitRows
 
 
 def refusal(device: torch.device, dtype: torch.dtype, widths: Sequence[int] = ()) -> str | None:
@@ -31,26 +32,27 @@ class Fp8Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        weight, scale = (part[0] for part in ops.quantize_rows(linear.weight.data[None]))
-        self.weight_FD = nn.Parameter(weight, requires_grad=False)
-        self.scale_F = nn.Parameter(scale.view(-1), requires_grad=False)
+        rows = ops.quantize_rows(linear.weight.data[None])
+        self.weight_FD = nn.Parameter(rows.values[0], requires_grad=False)
+        self.scale_F = nn.Parameter(rows.scale.view(-1), requires_grad=False)
         self.bias = linear.bias
 
-    def forward(self, x: Tensor, start: int = 0) -> Tensor:
-        """x weight^T + bias for rows [B, L, D]; start leaves out the first outputs."""
+    def forward(self, x: Tensor | EightBitRows, start: int = 0) -> Tensor:
+        """x weight^T + bias for rows [B, L, D], in the bias's dtype; start leaves out the first outputs."""
         weight_FD, scale_F, bias = self.weight_FD[start:], self.scale_F[start:], self.bias[start:]
-        quantized, scale_M1 = (part.flatten(0, 1) for part in ops.quantize_rows(x))
-        if x.is_cuda:
+        rows = x if isinstance(x, EightBitRows) else ops.quantize_rows(x)
+        values, scale_M1 = rows.values.flatten(0, 1), rows.scale.flatten(0, 1)
+        if values.is_cuda:
             out = torch._scaled_mm(
-                quantized,
+                values,
                 weight_FD.t(),
                 scale_a=scale_M1,
                 scale_b=scale_F[None],
                 bias=bias,
-                out_dtype=x.dtype,
+                out_dtype=bias.dtype,
                 use_fast_accum=True,
             )
         else:
-            exact = (quantized.float() * scale_M1) @ (weight_FD.float() * scale_F[:, None]).t()
-            out = (exact + bias.float()).to(x.dtype)
-        return out.view(*x.shape[:-1], -1)
+            exact = (values.float() * scale_M1) @ (weight_FD.float() * scale_F[:, None]).t()
+            out = (exact + bias.float()).to(bias.dtype)
+        return out.view(*rows.shape[:-1], -1)

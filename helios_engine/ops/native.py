@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from helios_engine.ops import reference
+from helios_engine.ops.reference import EightBitRows
 from helios_engine.trace import span
 
 logger = logging.getLogger(__name__)
@@ -115,20 +116,23 @@ def gated_residual_(x_BLD: Tensor, update_BLD: Tensor, gate_SD: Tensor | None, *
     """See reference.gated_residual_."""
     if not runs_native(x_BLD):
         return reference.gated_residual_(x_BLD, update_BLD, gate_SD, num_history=num_history)
-    _run("residual_gate_norm", x_BLD, update_BLD, gate_SD, None, None, None, num_history, 0.0)
+    _run("residual_gate_norm", x_BLD, update_BLD, gate_SD, None, None, None, None, num_history, 0.0)
     return None
 
 
 def norm_scale_shift(
-    x_BLD: Tensor, weight_SD: Tensor, bias_SD: Tensor, *, num_history: int, eps: float, out: Tensor | None = None
-) -> Tensor:
+    x_BLD: Tensor,
+    weight_SD: Tensor,
+    bias_SD: Tensor,
+    *,
+    num_history: int,
+    eps: float,
+    out: Tensor | EightBitRows | None = None,
+) -> Tensor | EightBitRows:
     """See reference.norm_scale_shift."""
     if not runs_native(x_BLD):
         return reference.norm_scale_shift(x_BLD, weight_SD, bias_SD, num_history=num_history, eps=eps, out=out)
-    if out is None:
-        out = x_BLD.new_empty(x_BLD.shape)
-    _run("residual_gate_norm", x_BLD, None, None, weight_SD, bias_SD, out, num_history, eps)
-    return out
+    return _normed(x_BLD, None, None, weight_SD, bias_SD, out, num_history, eps)
 
 
 def residual_gate_norm_(
@@ -140,16 +144,31 @@ def residual_gate_norm_(
     *,
     num_history: int,
     eps: float,
-    out: Tensor | None = None,
-) -> Tensor:
-    """See reference.residual_gate_norm_: one pass instead of two."""
+    out: Tensor | EightBitRows | None = None,
+) -> Tensor | EightBitRows:
+    """See reference.residual_gate_norm_: one pass instead of two, or of four in 8 bits."""
     if not runs_native(x_BLD):
         return reference.residual_gate_norm_(
             x_BLD, update_BLD, gate_SD, weight_SD, bias_SD, num_history=num_history, eps=eps, out=out
         )
+    return _normed(x_BLD, update_BLD, gate_SD, weight_SD, bias_SD, out, num_history, eps)
+
+
+def _normed(
+    x_BLD: Tensor,
+    update_BLD: Tensor | None,
+    gate_SD: Tensor | None,
+    weight_SD: Tensor,
+    bias_SD: Tensor,
+    out: Tensor | EightBitRows | None,
+    num_history: int,
+    eps: float,
+) -> Tensor | EightBitRows:
     if out is None:
         out = x_BLD.new_empty(x_BLD.shape)
-    _run("residual_gate_norm", x_BLD, update_BLD, gate_SD, weight_SD, bias_SD, out, num_history, eps)
+    eight_bits = isinstance(out, EightBitRows)
+    places = (out.values.view(torch.uint8), out.scale) if eight_bits else (out, None)
+    _run("residual_gate_norm", x_BLD, update_BLD, gate_SD, weight_SD, bias_SD, *places, num_history, eps)
     return out
 
 
@@ -207,14 +226,13 @@ def qk_rms_norm_rope_pack(
     return packed
 
 
-def quantize_rows(x_BLD: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_rows(x_BLD: Tensor, *, gelu: bool = False) -> EightBitRows:
     """See reference.quantize_rows: one pass over memory instead of a dozen."""
     if not runs_native(x_BLD):
-        return reference.quantize_rows(x_BLD)
-    out = x_BLD.new_empty(x_BLD.shape, dtype=torch.uint8)
-    scale = x_BLD.new_empty((*x_BLD.shape[:-1], 1), dtype=torch.float32)
-    _run("quantize_rows", x_BLD, out, scale)
-    return out.view(torch.float8_e4m3fn), scale
+        return reference.quantize_rows(x_BLD, gelu=gelu)
+    out = EightBitRows.empty_like(x_BLD)
+    _run("quantize_rows", x_BLD, out.values.view(torch.uint8), out.scale, gelu)
+    return out
 
 
 def unpack_heads(received: Tensor, shape: tuple[int, int, int, int], heads: Sequence[int]) -> Tensor:

@@ -422,13 +422,30 @@ def test_nothing_to_do_is_done(device) -> None:
     ("call", "message"),
     [
         (
-            lambda x, r: native._ops.residual_gate_norm(x, None, None, r, r, x.transpose(0, 1).contiguous(), 0, EPS),
+            lambda x, r: native._ops.residual_gate_norm(
+                x, None, None, r, r, x.transpose(0, 1).contiguous(), None, 0, EPS
+            ),
             "size",
         ),
-        (lambda x, r: native._ops.residual_gate_norm(x, x.bfloat16(), None, None, None, None, 0, EPS), "wrong dtype"),
-        (lambda x, r: native._ops.residual_gate_norm(x, x, None, None, None, None, 9, EPS), "num_history"),
         (
-            lambda x, r: native._ops.residual_gate_norm(x.transpose(1, 2), None, None, r, r, None, 0, EPS),
+            lambda x, r: native._ops.residual_gate_norm(x, x.bfloat16(), None, None, None, None, None, 0, EPS),
+            "wrong dtype",
+        ),
+        (lambda x, r: native._ops.residual_gate_norm(x, x, None, None, None, None, None, 9, EPS), "num_history"),
+        (
+            lambda x, r: native._ops.residual_gate_norm(x, None, None, r, r, x.clone(), x[..., :1], 0, EPS),
+            "wrong dtype",
+        ),
+        (
+            lambda x, r: native._ops.residual_gate_norm(x, None, None, r, r, x.byte(), x.clone(), 0, EPS),
+            r"scale must be \[batch, rows, 1\]",
+        ),
+        (
+            lambda x, r: native._ops.residual_gate_norm(x, x, None, None, None, None, x[..., :1], 0, EPS),
+            "scales are of an out",
+        ),
+        (
+            lambda x, r: native._ops.residual_gate_norm(x.transpose(1, 2), None, None, r, r, None, None, 0, EPS),
             "side by side",
         ),
         (lambda x, r: native._ops.rmsnorm_rows(x, r[0, :8], EPS), "16 elements"),
@@ -452,7 +469,7 @@ def _opcheck_calls() -> dict[str, tuple]:
     doubled = torch.empty(1, 2, 6, 8, 8).permute(0, 4, 1, 2, 3)
     table, index = torch.full((2, 8), 0.5, dtype=torch.float64), torch.tensor([1])
     return {
-        "residual_gate_norm": (x, x.clone(), rows, rows, rows, torch.empty_like(x), 2, EPS),
+        "residual_gate_norm": (x, x.clone(), rows, rows, rows, torch.empty_like(x), None, 2, EPS),
         "qk_rmsnorm_rope": (qkv, *weights, rotation, scale, 2, 1, EPS),
         "qk_rmsnorm_rope_pack": (qkv, *weights, rotation, scale, torch.zeros(qkv.numel()), [2, 1], 2, 0, EPS),
         "rmsnorm_rows": (x, rows[0], EPS),
@@ -475,7 +492,7 @@ def _opcheck_calls() -> dict[str, tuple]:
         "channel_norm_silu": (pictures, rand(8), torch.empty_like(pictures), True),
         "upsample_nearest": (pictures, doubled),
         "bias_residual": (pictures, rand(8), pictures.clone()),
-        "quantize_rows": (x, torch.empty(1, 4, 96, dtype=torch.uint8), torch.empty(4)),
+        "quantize_rows": (x, torch.empty(1, 4, 96, dtype=torch.uint8), torch.empty(4), True),
     }
 
 
