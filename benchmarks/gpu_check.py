@@ -60,15 +60,16 @@ class Scale:
     gemm: int
     copy_bytes: int
     repeats: int
+    chunks: int  # of a video whose time is taken
 
 
-FULL = Scale(ModelConfig(), VaeConfig(), 384, 640, 8192, 2**31, 10)
+FULL = Scale(ModelConfig(), VaeConfig(), 384, 640, 8192, 2**31, 10, 5)
 TINY = Scale(
     ModelConfig(
         num_attention_heads=4, attention_head_dim=32, rope_dim=(12, 10, 10), num_layers=2, ffn_dim=256, text_dim=64
     ),
     VaeConfig(base_dim=8),
-    *(64, 64, 256, 2**22, 2),
+    *(64, 64, 256, 2**22, 2, 3),
 )
 
 
@@ -285,7 +286,7 @@ def part_engine(scale: Scale) -> dict[str, object]:
             torch.cuda.reset_peak_memory_stats()
         own: dict[str, object] = {}
         for steps in STEPS:
-            arrivals, chunks = stream_arrivals(engine, make_request(scale, steps, chunks=5))
+            arrivals, chunks = stream_arrivals(engine, make_request(scale, steps, chunks=scale.chunks))
             latents = torch.cat([chunk.latents for chunk in chunks])
             assert torch.isfinite(latents).all()
             same = torch.equal(latents, expected.setdefault(steps, latents))

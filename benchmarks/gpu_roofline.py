@@ -97,13 +97,11 @@ def tuned_figures(
     """Milliseconds of a forward whose products have the algorithms that are fastest here, and for how many that is not torch's."""
     if gemms is None:
         return {"tuned": "no cuBLASLt here"}
-    for block in transformer.blocks:
-        block.gemms = gemms
+    transformer.multiply_with(gemms)
     try:
         seconds = timed(lambda: transformer(latents, 500.0, context))
     finally:
-        for block in transformer.blocks:
-            block.gemms = None
+        transformer.multiply_with(None)
     others = sum(choice is not None for choice in gemms.choices.values())
     return {"tuned_forward_ms": 1e3 * seconds, "tuned_so_far": f"{others} of {len(gemms.choices)} products"}
 

@@ -122,8 +122,8 @@ class EngineConfig:
     cuda_graphs: bool | None = field(
         default=None,
         metadata={
-            "help": "record a step of each stage once and replay it, checked against a plain one; by default when a shape has "
-            "come 100 times"
+            "help": "record a step of each stage once and replay it, checked against a plain one; by default on one GPU when a "
+            "shape has come 100 times"
         },
     )
     overlap_decode: bool = field(

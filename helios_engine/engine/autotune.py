@@ -61,10 +61,12 @@ def cache_file(name: str = "attention") -> Path:
     return Path(base) / "helios_engine" / f"{name}.json"
 
 
-def why_not_tuned(device: torch.device, *, offload: str) -> str | None:
+def why_not_tuned(device: torch.device, dtype: torch.dtype, *, offload: str) -> str | None:
     """Why the algorithms of matrix products are not tried with these settings, or None."""
     if device.type != "cuda":
         return f"only CUDA devices have cuBLASLt, this is {device}"
+    if dtype == torch.float32:
+        return "only products in 16 bits are tried, the model computes in float32"
     if offload != "none":
         return f"with offload {offload} the weights' way to the device decides"
     return None

@@ -36,6 +36,7 @@ class ChunkJob:
     plan: Plan
     index: int
     context: ChunkContext
+    prompt_lengths: tuple[int, ...]
     noise: tuple[NoiseSource, ...]  # one per video, the job's own
     initial_BCTHW: Tensor | None  # given start noise; else it is drawn
     on_step: StepCallback
@@ -118,6 +119,7 @@ def _stage(
         context=job.context,
         guidance=Guidance(recipe.guidance_scale, recipe.cfg_zero_star) if job.plan.is_guided else None,
         reuse=reuse,
+        prompt_lengths=job.prompt_lengths,
     )
 
 

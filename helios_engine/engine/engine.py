@@ -157,7 +157,9 @@ class Engine:
         if self.maker.graphs is not None:
             self.maker.graphs.forget()
         if self._gemms is not None:
+            self.transformer.multiply_with(None)
             self._gemms.close()
+            self._gemms = None
 
     def plan(self, request: VideoRequest) -> Plan:
         """What a request would compute; raises ValueError where this checkpoint cannot serve it."""
@@ -385,7 +387,7 @@ class Engine:
     def _make_gemms(self) -> TunedGemms | None:
         if not self.config.tune_gemms:
             return None
-        reason = why_not_tuned(self.device, offload=self.config.offload)
+        reason = why_not_tuned(self.device, self.dtype, offload=self.config.offload)
         if reason is not None:
             logger.warning("matrix products keep torch's own algorithms: %s", reason)
             return None
@@ -394,6 +396,7 @@ class Engine:
     def _make_graphs(self) -> StepGraphs | None:
         reason = why_not_graphs(
             self.device,
+            num_ranks=self.context.size,
             wanted=self.config.cuda_graphs,
             offload=self.config.offload,
             approximates=self.approximations.any,

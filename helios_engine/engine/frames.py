@@ -93,7 +93,8 @@ class FrameCodec:
         return split if device.type == "cpu" else min(n for (n,) in self._context.gather_numbers([split]))
 
     def _frames_per_call(self, device: torch.device, latent_size: tuple[int, int], *, sharded: bool = False) -> int:
-        key, counts_idle = (latent_size, sharded), self._counts_idle()
+        counts_idle = self._counts_idle()
+        key = (latent_size, sharded, counts_idle)
         # What the decoder itself holds ready cannot be told from what others do, so then the first answer stays.
         if counts_idle or key not in self._splits:
             self._splits[key] = frames_per_call_for(

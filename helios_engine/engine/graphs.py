@@ -233,12 +233,12 @@ def _history(context: ChunkContext) -> list[Tensor]:
 
 
 def _key(stage: Stage) -> tuple[object, ...]:
-    """What stages that one recording serves have in common."""
+    """What stages that one recording serves have in common; equal on all ranks or on none."""
     context, solver = stage.context, stage.solver
     present = tuple(getattr(context, part.name) is None for part in fields(context))
     shapes = tuple(part.shape for part in _history(context))
     state = tuple((tensor.shape, tensor.dtype) for tensor in solver.state())
-    own = (solver.rule, solver.coefficients.size(1), _room(stage), state, stage.guidance)
+    own = (solver.rule, solver.coefficients.size(1), _room(stage), state, stage.guidance, stage.prompt_lengths)
     return (*own, context.total_history, present, shapes, _text_key(context))
 
 
@@ -276,13 +276,15 @@ def _badness(error: float) -> float:
 
 
 def why_not_graphs(
-    device: torch.device, *, wanted: bool | None, offload: str, approximates: bool, compiles: bool
+    device: torch.device, *, num_ranks: int, wanted: bool | None, offload: str, approximates: bool, compiles: bool
 ) -> str | None:
     """Why steps are not recorded with these settings, or None; wanted is what the user asked for."""
     if wanted is False:
         return "they are switched off"
     if device.type != "cuda":
         return f"only CUDA devices record graphs, this is {device}"
+    if num_ranks > 1 and not wanted:
+        return "with several ranks steps are recorded only when that is asked for"
     if offload != "none":
         return f"with offload {offload} weights change their place"
     if approximates:

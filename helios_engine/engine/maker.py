@@ -156,6 +156,7 @@ class ChunkMaker:
             plan=first.plan,
             index=index,
             context=self._transformer.prepare(stacked_window([point.history for point in points]), texts),
+            prompt_lengths=first.prompt.lengths,
             noise=tuple(point.noise.copy() for point in points),
             initial_BCTHW=None if initial[0] is None else torch.cat(initial),
             on_step=on_step,

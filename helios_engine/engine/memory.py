@@ -93,7 +93,7 @@ def estimate_memory(
         weights -= products * (dtype.itemsize - 1)
     kept = branches * model.num_layers * plan.history_tokens * 2 * model.dim * dtype.itemsize if refresh > 1 else 0
     text_keys_values = branches * model.num_layers * text_tokens * 2 * model.dim * dtype.itemsize
-    records = _records(config, plan)
+    records = _records(config, plan, num_ranks)
     if records:
         text_keys_values *= 2  # recordings read a copy of their own
     if not keeps_text:
@@ -127,7 +127,7 @@ def has_room_for_text(checkpoint: Checkpoint, config: EngineConfig, device: torc
     return needed < 0.9 * torch.cuda.get_device_properties(device).total_memory
 
 
-def _records(config: EngineConfig, plan: Plan) -> bool:
+def _records(config: EngineConfig, plan: Plan, num_ranks: int) -> bool:
     """Whether forwards are recorded in the course of a video: by default once a stage has come often."""
     later = 2**31 if plan.num_chunks is None else plan.num_chunks - 1
     steps = zip(plan.first_schedules, plan.schedules, strict=True)
@@ -136,6 +136,7 @@ def _records(config: EngineConfig, plan: Plan) -> bool:
     refresh, block_cache, _ = config.approximations
     reason = why_not_graphs(
         resolve_device(config.device),
+        num_ranks=num_ranks,
         wanted=config.cuda_graphs,
         offload=config.offload,
         approximates=Approximations(refresh, block_cache).any,

@@ -42,11 +42,9 @@ class CudaRecorder:
             self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
 
     def has_room(self) -> bool:
-        # As much as the process ever held beyond what it holds now, were that to be held beside it.
-        held = torch.cuda.memory_allocated(self._device)
-        needed = torch.cuda.max_memory_allocated(self._device) - held
-        unused = torch.cuda.memory_reserved(self._device) - held
-        return torch.cuda.mem_get_info(self._device)[0] + unused > needed
+        free, _ = torch.cuda.mem_get_info(self._device)
+        held, kept = torch.cuda.memory_allocated(self._device), torch.cuda.memory_reserved(self._device)
+        return leaves_room(free + kept - held, torch.cuda.max_memory_allocated(self._device) - held)
 
     def warm_up(self, work: Work) -> None:
         with torch.cuda.device(self._device):  # the one that captures, whichever the caller's is
@@ -60,8 +58,18 @@ class CudaRecorder:
             stream = torch.cuda.current_stream()
             try:
                 return self._record_whole(work) if self._context is None else self._record_pieces(work)
+            except BaseException:
+                self._end_allocating()
+                raise
             finally:
                 torch.cuda.set_stream(stream)  # a capture that fails leaves its own
+
+    def _end_allocating(self) -> None:
+        """A capture that breaks off leaves torch's allocator in its pool: capture_end raises before it is taken out."""
+        index = torch.cuda.current_device()
+        with contextlib.suppress(RuntimeError, AttributeError):
+            torch._C._cuda_endAllocateToPool(index, self._pool)  # raises where it was taken out
+            torch._C._cuda_releasePool(index, self._pool)
 
     def _record_whole(self, work: Work) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
         graph = torch.cuda.CUDAGraph()
@@ -71,11 +79,16 @@ class CudaRecorder:
         return graph.replay, outputs
 
     def _record_pieces(self, work: Work) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
-        torch.cuda.synchronize()  # what torch.cuda.graph does, once for all pieces
+        torch.cuda.synchronize()  # as torch.cuda.graph does, once for all pieces
         gc.collect()
         torch.cuda.empty_cache()
         with torch.cuda.stream(self._stream):
             return record_pieces(self._context, lambda: _CudaPiece(self._pool), work, borrowed=borrowed)
+
+
+def leaves_room(available: int, needed: int) -> bool:
+    """Whether a recording and what runs beside it fit: the most that was ever held above what is held now, for each."""
+    return available > 2 * needed
 
 
 class Piece(Protocol):

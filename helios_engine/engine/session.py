@@ -28,6 +28,11 @@ class PromptEmbeddings:
     positive: Tensor
     negative: Tensor | None
 
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each."""
+        return tuple(part.size(1) for part in (self.positive, self.negative) if part is not None)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Point:

@@ -35,6 +35,7 @@ class Stage:
     context: ChunkContext
     guidance: Guidance | None
     reuse: Reuse | None = None
+    prompt_lengths: tuple[int, ...] = ()  # in tokens, the negative prompt's too where another rank computes with it
 
     def step(self) -> tuple[Tensor, ...]:
         """The next step; returns the velocity of every prompt, output rows [B, N, C * patch] in the model's dtype."""

@@ -81,11 +81,15 @@ class Transformer(nn.Module):
     ) -> None:
         """Choose how attention is computed, which ranks share the sequence and what multiplies; before the first forward."""
         self.attention, self.parallel = attention, parallel
-        for block in self.blocks:
-            block.gemms = gemms
+        self.multiply_with(gemms)
         self._sequence_attention = make_sequence_attention(
             parallel, attention, ring_method=ring_method, exchange=exchange
         )
+
+    def multiply_with(self, gemms: TunedGemms | None) -> None:
+        """Let this multiply in the blocks; None leaves it to torch."""
+        for block in self.blocks:
+            block.gemms = gemms
 
     def offload(self, ring: WeightRing, text_ring: WeightRing | None, *, by_parts: bool) -> None:
         """Let the blocks take turns on the device: a share of ring per block, or per part of a block where by_parts.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-_TYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14}  # cudaDataType
+_TYPES = {torch.float16: 2, torch.bfloat16: 14}  # cudaDataType
 _FLOAT, _COMPUTE_32F = 0, 68
 _OP_N, _OP_T = 0, 1
 _DESC_TRANS_A, _DESC_TRANS_B, _DESC_EPILOGUE, _DESC_BIAS = 3, 4, 7, 8
@@ -77,7 +77,10 @@ class CublasLt:
             raise RuntimeError(f"{name} failed with status {status}")
 
     def close(self) -> None:
-        self.call("cublasLtDestroy", self._handle)
+        """Let go of it; it can be closed again."""
+        if self._handle:
+            self.call("cublasLtDestroy", self._handle)
+            self._handle = ctypes.c_void_p()
 
 
 class Product:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import secrets
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
@@ -169,7 +170,9 @@ class ContextParallel:
         def abort() -> None:
             for group in groups.values():
                 if dist.get_backend(group) == "nccl":  # its kernels would wait for the lost rank for ever
-                    group._get_backend(torch.device("cuda")).abort()
+                    # Each by itself: NCCL ends a communicator only once no recorded step refers to it.
+                    backend = group._get_backend(torch.device("cuda"))
+                    threading.Thread(target=backend.abort, daemon=True).start()
 
         watch = Watch(store, rank, len(members), timeout=rank_timeout, on_failure=abort)
         return cls(rank, degrees, global_ranks=members, groups=groups, control=control, watch=watch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -86,8 +87,8 @@ def run(options: Namespace, meeting: launch.Meeting) -> int:
         return launch.start_ranks(options.num_gpus, options.arguments)
     context = meeting.start(parallel, device=config.device, guided=is_guided)
     try:
-        engine = Engine.load(options.model, config, context)
-        with context.guard():
+        # Closed before the ranks' groups are taken down: recorded steps refer to them.
+        with contextlib.closing(Engine.load(options.model, config, context)) as engine, context.guard():
             if options.bytes:
                 found = count_bytes(engine, request)
             elif options.timeline:

@@ -167,23 +167,24 @@ def _write_video(job: Job, context: ContextParallel) -> int:
     """Load, generate, and on rank 0 write the file."""
     options = job.options
     quiet = options.quiet or not context.is_first
-    engine = Engine.load(options.model, job.config, context)
-    if context.size > 1 and not quiet:
-        print(context.describe(), file=sys.stderr)
-    kept = context.share_bytes(b"" if job.recording is None else job.recording.state_bytes or b"")
-    source = SessionState.from_bytes(kept) if kept else job.request
-    if kept and not quiet:
-        print(f"going on after chunk {source.index} of {options.checkpoint_dir}", file=sys.stderr)
-    with engine.stream(source, progress=not quiet) as stream:
-        chunks = stream if options.profile is None else _profiled(job, context, stream)
-        if not context.is_first:
-            with _stopped_by_hand(job):
-                for _ in chunks:
-                    pass
-            return 0
-        with _open_writer(job, engine, stream.session) as writer, _stopped_by_hand(job):
-            for chunk in chunks:
-                writer.write(chunk)
+    # Closed before the ranks' groups are taken down: recorded steps refer to them.
+    with contextlib.closing(Engine.load(options.model, job.config, context)) as engine:
+        if context.size > 1 and not quiet:
+            print(context.describe(), file=sys.stderr)
+        kept = context.share_bytes(b"" if job.recording is None else job.recording.state_bytes or b"")
+        source = SessionState.from_bytes(kept) if kept else job.request
+        if kept and not quiet:
+            print(f"going on after chunk {source.index} of {options.checkpoint_dir}", file=sys.stderr)
+        with engine.stream(source, progress=not quiet) as stream:
+            chunks = stream if options.profile is None else _profiled(job, context, stream)
+            if not context.is_first:
+                with _stopped_by_hand(job):
+                    for _ in chunks:
+                        pass
+                return 0
+            with _open_writer(job, engine, stream.session) as writer, _stopped_by_hand(job):
+                for chunk in chunks:
+                    writer.write(chunk)
     print(options.output)
     return 0
 

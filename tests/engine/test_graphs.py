@@ -11,6 +11,7 @@ from torch import Tensor
 
 from helios_engine import Engine, EngineConfig, VideoRequest
 from helios_engine.engine.graphs import StepGraphs, why_not_graphs
+from helios_engine.engine.recorders import leaves_room
 from helios_engine.engine.stage import Stage
 from tests.helpers.recorders import Rerun, TapeRecorder, Unfaithful
 
@@ -216,13 +217,15 @@ def test_recordings_give_way_when_memory_runs_out(engines, recorded, monkeypatch
         ({}, None),
         ({"device": CPU}, "only CUDA devices record graphs"),
         ({"wanted": False}, "switched off"),
+        ({"num_ranks": 2}, "only when that is asked for"),
+        ({"num_ranks": 2, "wanted": True}, None),
         ({"offload": "group"}, "weights change their place"),
         ({"approximates": True}, "decides on the host"),
         ({"compiles": True}, "compile has its own way"),
     ],
 )
 def test_where_graphs_cannot_be_is_said(settings: dict, reason: str | None) -> None:
-    usual = {"device": CUDA, "wanted": None, "offload": "none", "approximates": False}
+    usual = {"device": CUDA, "num_ranks": 1, "wanted": None, "offload": "none", "approximates": False}
     usual |= {"compiles": False, **settings}
     device = usual.pop("device")
     found = why_not_graphs(device, **usual)
@@ -237,3 +240,10 @@ def test_asking_for_graphs_on_the_cpu_is_answered(toy, caplog) -> None:
     caplog.clear()
     assert Engine.load(toy / "base", EngineConfig(device="cpu")).maker.graphs is None
     assert "recorded" not in caplog.text, "by default graphs are used where they can be, and nothing is said"
+
+
+@pytest.mark.parametrize(
+    ("available", "needed", "fits"), [(21, 10, True), (20, 10, False), (5, 0, True), (0, 0, False)]
+)
+def test_a_recording_needs_room_beside_what_runs(available: int, needed: int, fits: bool) -> None:
+    assert leaves_room(available, needed) is fits

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from unittest import mock
 
 import torch
@@ -161,6 +162,64 @@ def generate_recorded(
     finally:
         own.maker.graphs = None
     return latents, recorder.num_replays, graphs.why_given_up, dict(traffic.bytes_sent)
+
+
+def record_prompts(
+    parallel: ContextParallel, *, folder: str, lengths: list[tuple[int, int]]
+) -> tuple[list[Tensor], int]:
+    """Videos with prompts and negative prompts of these lengths, steps recorded by a stand-in: latents, recordings."""
+    own, recorder, latents = engine(folder, parallel), Rerun(parallel.traffic), []
+    own.maker.graphs = StepGraphs(own.transformer, recorder)
+    generator = torch.Generator().manual_seed(0)
+    try:
+        for positive, negative in lengths:
+            embeds = (
+                torch.randn(1, n, own.checkpoint.model.text_dim, generator=generator) for n in (positive, negative)
+            )
+            names = dict(zip(("prompt_embeds", "negative_prompt_embeds"), embeds, strict=True))
+            request = VideoRequest(**names, num_frames=33, height=64, width=64, steps=2, guidance_scale=3.0)
+            latents.append(own.generate(request).latents)
+    finally:
+        own.maker.graphs = None
+    return latents, recorder.num_recordings
+
+
+class _Nothing:
+    """A piece that records nothing."""
+
+    def begin(self) -> None: ...
+
+    def end(self) -> None: ...
+
+    def replay(self) -> None: ...
+
+
+def pieces_keep_no_memory(parallel: ContextParallel) -> tuple[bool, bool, list[float]]:
+    """Whether what an exchange takes and delivers is let go once it was recorded between pieces, before and after its
+    second half was, and what a replay then exchanges through the memory it borrowed."""
+    borrowed: list[Tensor] = []
+    kept: list[weakref.ref[Tensor]] = []
+
+    def borrow(x: Tensor) -> Tensor:
+        borrowed.append(torch.full_like(x, float(parallel.rank)))
+        return borrowed[-1]
+
+    def work() -> tuple[Tensor, ...]:
+        counts = [2, 2]
+        send = torch.zeros(4)
+        settings = {"send_counts": counts, "receive_counts": counts, "purpose": "qkv", "group": "ulysses"}
+        pending = parallel.start_all_to_all(send, **settings)
+        kept.extend((weakref.ref(send), weakref.ref(pending._received)))
+        del send
+        kept_until_then.append(kept[0]() is not None)
+        pending.wait()
+        return ()
+
+    kept_until_then: list[bool] = []
+    replay, _ = recorders.record_pieces(parallel, _Nothing, work, borrowed=borrow)
+    let_go = all(reference() is None for reference in kept)
+    replay()
+    return kept_until_then[0], let_go, borrowed[1].tolist()
 
 
 def choose_recorder(parallel: ContextParallel, *, kinds: list[str], exchange: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import subprocess
@@ -15,10 +16,10 @@ from torch import Tensor
 from helios_engine import Engine, EngineConfig, VideoRequest
 from helios_engine.engine import autotune
 from helios_engine.ops import native
-from helios_engine.ops.cublaslt import CublasLt
+from helios_engine.ops.cublaslt import CublasLt, Product
 from helios_engine.ops.gemm import TunedGemms
 
-OWN, SLOW, FAST, FASTEST = -1, 1, 4, 5  # what ran last: torch, or one of the stand-in's algorithms
+OWN, SLOW, WRONG, FAILS, FAST, FASTEST = -1, 1, 2, 3, 4, 5  # what ran last: torch, or one of the stand-in's algorithms
 TIMES = {OWN: 1.0, SLOW: 1.5, FAST: 0.7, FASTEST: 0.5}
 
 
@@ -37,6 +38,9 @@ class Scripted:
         self._library, self._times = library, times
         self.recording = False
         self.num_tried = 0
+
+    def on(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
+        return contextlib.nullcontext()
 
     def stream(self, device: torch.device) -> int:
         return 77
@@ -153,6 +157,47 @@ def test_earlier_choices_are_taken_untried(make) -> None:
     assert not again
 
 
+def test_a_remembered_algorithm_that_does_not_work_is_chosen_anew(make, caplog) -> None:
+    operands = _operands(7, 24, 16, torch.bfloat16)
+    first, _, kept = make()
+    first(*operands)
+    ((name, (words, workspace)),) = kept.items()
+    for broken in (WRONG, FAILS):
+        gemms, bench, again = make(known={name: ((broken, *words[1:]), workspace)})
+        _check(gemms(*operands), *operands)
+        assert bench._library.standin_last() == FASTEST
+        assert "is chosen anew" in caplog.text
+        assert again == kept
+        caplog.clear()
+
+
+def test_no_candidates_leave_it_to_torch(make, monkeypatch) -> None:
+    def none(*_: object, **__: object) -> None:
+        raise RuntimeError("cublasLtMatmulAlgoGetHeuristic failed with status 15")
+
+    monkeypatch.setattr(Product, "candidates", none)
+    gemms, _, kept = make()
+    operands = _operands(7, 24, 16, torch.bfloat16)
+    _check(gemms(*operands), *operands)
+    assert list(kept.values()) == [None]
+
+
+def test_no_memory_to_try_is_not_remembered(make, monkeypatch, caplog) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    gemms, bench, kept = make()
+    monkeypatch.setattr(bench, "seconds", full)
+    operands = _operands(7, 24, 16, torch.bfloat16)
+    for _ in range(2):
+        _check(gemms(*operands), *operands)
+    assert not kept
+    assert caplog.text.count("no memory to try") == 1
+    bench._library.standin_last()
+    gemms(*operands)
+    assert bench._library.standin_last() == OWN
+
+
 def test_nothing_is_tried_or_allocated_while_recording(make) -> None:
     gemms, bench, kept = make()
     operands = _operands(7, 24, 16, torch.bfloat16)
@@ -175,6 +220,7 @@ def test_everything_is_given_back(make, path) -> None:
     gemms, _, _ = make()
     for rows in (3, 4, 5):
         gemms(*_operands(rows, 16, 8, torch.bfloat16))
+    gemms.close()
     gemms.close()
     assert ctypes.CDLL(str(path)).standin_alive() == before
 
@@ -218,7 +264,9 @@ def test_a_whole_video_over_it(make, toy) -> None:
 
 
 def test_asking_for_it_on_the_cpu_is_answered(toy, caplog) -> None:
-    Engine.load(toy / "base", EngineConfig(device="cpu", tune_gemms=True))
+    assert "computes in float32" in autotune.why_not_tuned(torch.device("cuda"), torch.float32, offload="none")
+    assert autotune.why_not_tuned(torch.device("cuda"), torch.bfloat16, offload="none") is None
+    Engine.load(toy / "base", EngineConfig(device="cpu", tune_gemms=True)).close()
     assert "torch's own algorithms: only CUDA devices have cuBLASLt" in caplog.text
     with pytest.raises(ValueError, match="tune_gemms chooses itself; use one of the two"):
         EngineConfig(tune_gemms=True, compile=True)

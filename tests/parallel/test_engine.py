@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -42,15 +43,17 @@ def expected(tmp_path_factory):
     return get
 
 
-RANKS_AND_TASKS = [
-    pytest.param(num_ranks, task, marks=() if num_ranks == 3 or task == "t2v" else pytest.mark.full)
-    for num_ranks in (2, 3, 4)
-    for task in ("t2v", "i2v", "v2v")
+def _is_quick(variant: str, num_ranks: int, task: str) -> bool:
+    return task == "t2v" or (num_ranks == 3 and (task == "i2v" or variant == "base"))
+
+
+VIDEOS = [
+    pytest.param(*case, marks=() if _is_quick(*case) else pytest.mark.full)
+    for case in itertools.product(("base", "mid", "distilled"), (2, 3, 4), ("t2v", "i2v", "v2v"))
 ]
 
 
-@pytest.mark.parametrize(("num_ranks", "task"), RANKS_AND_TASKS)
-@pytest.mark.parametrize("variant", ["base", "mid", "distilled"])
+@pytest.mark.parametrize(("variant", "num_ranks", "task"), VIDEOS)
 def test_videos_on_ranks_equal_diffusers(ranks, expected, variant: str, task: str, num_ranks: int) -> None:
     folder, reference, arguments = expected(variant, task)
     degrees = SCHEMES[num_ranks]
@@ -237,3 +240,22 @@ def test_ranks_record_together_or_not_at_all(ranks, expected, degrees, kinds: li
 )
 def test_exchanges_are_recorded_only_where_a_test_passes(ranks, degrees, kinds, exchange, expected) -> None:
     assert ranks.run("choose_recorder", degrees, kinds=kinds, exchange=exchange) == [expected] * len(kinds)
+
+
+def test_ranks_with_other_prompts_record_in_step(ranks, expected) -> None:
+    """Each half knows one prompt; a length that is new to one of them alone must not part them."""
+    folder, _, _ = expected("base", "t2v")
+    lengths = [(8, 8), (9, 8), (8, 8)]
+    results = ranks.run("record_prompts", (1, 1, 2), folder=folder, lengths=lengths)
+    alone = ranks.run("record_prompts", (1, 1, 1), folder=folder, lengths=lengths)[0]
+    for latents, recordings in results:
+        assert recordings == alone[1] == 2
+        for own, other in zip(latents, alone[0], strict=True):
+            assert (own - other).abs().max() < 1e-4
+
+
+def test_recorded_exchanges_keep_no_memory(ranks) -> None:
+    for kept_meanwhile, let_go, delivered in ranks.run("pieces_keep_no_memory", (2, 1, 1)):
+        assert kept_meanwhile
+        assert let_go
+        assert delivered == [0.0, 0.0, 1.0, 1.0]
