@@ -158,7 +158,8 @@ class Engine:
             self.maker.graphs.forget()
         if self._gemms is not None:
             self.transformer.multiply_with(None)
-            self._gemms.close()
+            if not (self.context.is_broken or self.context.is_interrupted):  # it waits for what the device still does
+                self._gemms.close()
             self._gemms = None
 
     def plan(self, request: VideoRequest) -> Plan:

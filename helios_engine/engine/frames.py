@@ -75,7 +75,11 @@ class FrameCodec:
         latent_size = (pixels.size(-2) // 8, pixels.size(-1) // 8)
         slab = self._slab(latent_size[0])
         split = self._common_frames_per_call(pixels.device, latent_size, slab)
-        return self._vae.encode(pixels, frames_per_call=split, slab=slab)
+        try:
+            return self._vae.encode(pixels, frames_per_call=split, slab=slab)
+        except torch.OutOfMemoryError:
+            self.forget_splits()
+            raise
 
     def normalize(self, latents: Tensor) -> Tensor:
         """Latents as the transformer sees them."""
@@ -103,8 +107,9 @@ class FrameCodec:
         return self._splits[key]
 
     def forget_splits(self) -> None:
-        """Ask the device's memory again: it was not enough."""
+        """Ask the device's memory again: it was not enough. What torch holds ready counts as free then."""
         self._splits.clear()
+        torch.cuda.empty_cache()
 
 
 def _on_its_way(frames: Tensor) -> Tensor:

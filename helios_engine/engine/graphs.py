@@ -24,7 +24,7 @@ from torch import Tensor
 from helios_engine.engine.recorders import Recorder
 from helios_engine.engine.stage import Stage
 from helios_engine.model.context import ChunkContext, TextContext
-from helios_engine.model.transformer import Transformer
+from helios_engine.model.transformer import LIVE_WIDTHS, Transformer
 from helios_engine.parallel.mesh import Traffic
 from helios_engine.sampling.solver import Solver
 
@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 USES_BEFORE = 100
 _RECORDINGS_KEPT = 24
 _SHAPES_COUNTED = 256
+_USES_WITHOUT_ROOM = 100  # before memory is looked at again
 _STEPS = 64  # rows that a recording's tables grow by
 _TOLERANCE = 0.01  # relative; libraries may round otherwise while they are recorded, a buffer not filled is far off
 
@@ -105,6 +106,10 @@ class StepGraphs:
             self._traffic.add(found.sent)
         elif self.why_given_up is not None or not self._comes_often(key):
             stage.step()
+        elif not self._transformer.parallel.all_agree(self._recorder.has_room(self._bytes_of(stage))):
+            self._uses[key] = -_USES_WITHOUT_ROOM
+            logger.info("a stage is not recorded now: there is too little memory")
+            stage.step()
         else:
             before = [tensor.clone() for tensor in stage.solver.state()]
             with self._traffic.apart() as sent:
@@ -125,6 +130,15 @@ class StepGraphs:
         self.why_given_up = reason
         self.forget()
         logger.warning("steps are not recorded as CUDA graphs: %s; the numbers stay the same", reason)
+
+    def _bytes_of(self, stage: Stage) -> int:
+        """What a recording for this stage keeps to itself."""
+        context, latents, weight = stage.context, stage.solver.latents, self._transformer.project_out.weight
+        noisy = latents[:, 0].numel() // math.prod(stage.solver.patch) // self._transformer.parallel.sequence_size
+        rows = latents.size(0) * context.num_history + noisy
+        widths = LIVE_WIDTHS + len(context.texts) - 1
+        texts = sum(layer.nbytes for text in context.texts for layer in text.keys_values)
+        return rows * widths * weight.size(1) * weight.element_size() + texts
 
     def _comes_often(self, key: tuple[object, ...]) -> bool:
         if len(self._uses) == _SHAPES_COUNTED:
@@ -174,7 +188,6 @@ class StepGraphs:
 
     def _record(self, stage: Stage) -> _Recording:
         parallel, problem, is_warm = self._transformer.parallel, "", False
-        self._check(self._recorder.has_room(), "there is too little memory")
         try:
             found = self._blank(stage)
             self._recorder.warm_up(found.stage.step)

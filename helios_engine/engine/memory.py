@@ -17,13 +17,10 @@ from helios_engine.engine.graphs import USES_BEFORE, why_not_graphs
 from helios_engine.engine.plan import Plan
 from helios_engine.model.reuse import Approximations
 from helios_engine.model.text import TextEncoder
-from helios_engine.model.transformer import Transformer
+from helios_engine.model.transformer import LIVE_WIDTHS, Transformer
 from helios_engine.model.vae import VideoAutoencoder
 from helios_engine.settings import EngineConfig
 
-# Rows of the model's width alive per token at a forward's peak: 2.14 GB for 11040 tokens of the 14 B model in bfloat16,
-# counted on the meta device; float32 copies inside the element-wise operators are in it.
-_LIVE_WIDTHS = 19
 # The largest video the checkpoints are made for, where no request is known yet.
 _USUAL_TOKENS = 11040
 _USUAL_TEXT_TOKENS = 512
@@ -84,7 +81,7 @@ def estimate_memory(
         text_encoder = min(num_slots, len(layers)) * layer if is_group else whole
     branches = 2 if plan.is_guided else 1
     tokens = plan.tokens_per_stage[-1] + plan.history_tokens
-    widths = _LIVE_WIDTHS * model.dim + (branches - 1) * model.dim  # guidance keeps a second residual stream
+    widths = LIVE_WIDTHS * model.dim + (branches - 1) * model.dim  # guidance keeps a second residual stream
     split = frames_per_call_for(resolve_device(config.device), vae, plan.latent_size)
     weights, block = _module_bytes(transformer), _module_bytes(transformer.blocks[0])
     refresh, _, uses_fp8 = config.approximations
@@ -121,7 +118,7 @@ def has_room_for_text(checkpoint: Checkpoint, config: EngineConfig, device: torc
         vae = VideoAutoencoder(checkpoint.vae).to(getattr(torch, config.vae_dtype))
     blocks = model.num_layers * _module_bytes(transformer.blocks[0])
     text = 2 * model.num_layers * _USUAL_TEXT_TOKENS * 2 * model.dim * size
-    working = _USUAL_TOKENS * (_LIVE_WIDTHS + 1) * model.dim * size
+    working = _USUAL_TOKENS * (LIVE_WIDTHS + 1) * model.dim * size
     slots = _slot_bytes(transformer, config, keeps_text=True)
     needed = _module_bytes(transformer) - blocks + slots + _module_bytes(vae) + text + working
     return needed < 0.9 * torch.cuda.get_device_properties(device).total_memory

@@ -22,8 +22,8 @@ _SAMPLE = 256  # elements that the start-up test exchanges with every member of 
 class Recorder(Protocol):
     """Records work on fixed buffers and replays it."""
 
-    def has_room(self) -> bool:
-        """Whether there is likely to be memory for the work once more."""
+    def has_room(self, num_bytes: int) -> bool:
+        """Whether so much is likely to be left beside all that runs."""
 
     def warm_up(self, work: Work) -> None:
         """Do the work for real, so that what happens in first calls alone is over."""
@@ -40,11 +40,13 @@ class CudaRecorder:
         self._device, self._context = device, between_exchanges_of
         with torch.cuda.device(device):
             self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+        self._broken: list[torch.cuda.CUDAGraph] = []  # kept for good: allocators may still ask what became of them
 
-    def has_room(self) -> bool:
+    def has_room(self, num_bytes: int) -> bool:
         free, _ = torch.cuda.mem_get_info(self._device)
         held, kept = torch.cuda.memory_allocated(self._device), torch.cuda.memory_reserved(self._device)
-        return leaves_room(free + kept - held, torch.cuda.max_memory_allocated(self._device) - held)
+        # What else runs may hold as much as was ever held.
+        return free + kept - held > num_bytes + torch.cuda.max_memory_allocated(self._device) - held
 
     def warm_up(self, work: Work) -> None:
         with torch.cuda.device(self._device):  # the one that captures, whichever the caller's is
@@ -55,10 +57,12 @@ class CudaRecorder:
 
     def record(self, work: Work) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
         with torch.cuda.device(self._device):
-            stream = torch.cuda.current_stream()
+            stream, graphs = torch.cuda.current_stream(), []
+            record = self._record_whole if self._context is None else self._record_pieces
             try:
-                return self._record_whole(work) if self._context is None else self._record_pieces(work)
+                return record(work, graphs)
             except BaseException:
+                self._broken += graphs
                 self._end_allocating()
                 raise
             finally:
@@ -71,24 +75,24 @@ class CudaRecorder:
             torch._C._cuda_endAllocateToPool(index, self._pool)  # raises where it was taken out
             torch._C._cuda_releasePool(index, self._pool)
 
-    def _record_whole(self, work: Work) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
+    def _record_whole(
+        self, work: Work, graphs: list[torch.cuda.CUDAGraph]
+    ) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
         graph = torch.cuda.CUDAGraph()
+        graphs.append(graph)
         # Other threads (a copier, the watch) may talk to the device meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             outputs = work()
         return graph.replay, outputs
 
-    def _record_pieces(self, work: Work) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
+    def _record_pieces(
+        self, work: Work, graphs: list[torch.cuda.CUDAGraph]
+    ) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
         torch.cuda.synchronize()  # as torch.cuda.graph does, once for all pieces
         gc.collect()
         torch.cuda.empty_cache()
         with torch.cuda.stream(self._stream):
-            return record_pieces(self._context, lambda: _CudaPiece(self._pool), work, borrowed=borrowed)
-
-
-def leaves_room(available: int, needed: int) -> bool:
-    """Whether a recording and what runs beside it fit: the most that was ever held above what is held now, for each."""
-    return available > 2 * needed
+            return record_pieces(self._context, lambda: _CudaPiece(self._pool, graphs), work, borrowed=borrowed)
 
 
 class Piece(Protocol):
@@ -102,8 +106,9 @@ class Piece(Protocol):
 
 
 class _CudaPiece:
-    def __init__(self, pool: tuple[int, int]) -> None:
+    def __init__(self, pool: tuple[int, int], graphs: list[torch.cuda.CUDAGraph]) -> None:
         self._pool, self._graph = pool, torch.cuda.CUDAGraph()
+        graphs.append(self._graph)
 
     def begin(self) -> None:
         self._graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -24,6 +25,18 @@ def refusal(device: torch.device, dtype: torch.dtype, widths: Sequence[int] = ()
         return f"its products come out in bfloat16, but the model computes in {str(dtype).removeprefix('torch.')}"
     if odd := [width for width in widths if width % 16]:
         return f"its products need widths that are multiples of 16, this model has {odd[0]}"
+    return _trial(device)
+
+
+@functools.cache
+def _trial(device: torch.device) -> str | None:
+    """What a small product says on this device where it cannot run: not every newer GPU has scales per row."""
+    ones = torch.ones(16, 16, device=device).to(torch.float8_e4m3fn)
+    scale = torch.ones(16, 1, device=device)
+    try:
+        torch._scaled_mm(ones, ones.t(), scale_a=scale, scale_b=scale.t(), out_dtype=torch.bfloat16)
+    except RuntimeError as error:
+        return f"a trial of its products fails: {' '.join(str(error).split())[:200]}"
     return None
 
 
@@ -42,6 +55,8 @@ class Fp8Linear(nn.Module):
         weight_FD, scale_F, bias = self.weight_FD[start:], self.scale_F[start:], self.bias[start:]
         rows = x if isinstance(x, EightBitRows) else ops.quantize_rows(x)
         values, scale_M1 = rows.values.flatten(0, 1), rows.scale.flatten(0, 1)
+        if scale_M1.data_ptr() % 16:  # some rows of a buffer; libraries want whole vectors
+            scale_M1 = scale_M1.clone()
         if values.is_cuda:
             out = torch._scaled_mm(
                 values,
@@ -55,4 +70,4 @@ class Fp8Linear(nn.Module):
         else:
             exact = (values.float() * scale_M1) @ (weight_FD.float() * scale_F[:, None]).t()
             out = (exact + bias.float()).to(bias.dtype)
-        return out.view(*rows.shape[:-1], -1)
+        return out.view(*rows.shape[:-1], weight_FD.size(0))

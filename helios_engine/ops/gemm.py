@@ -99,12 +99,15 @@ class TunedGemms:
         return self._known
 
     def close(self) -> None:
-        for found in self._products.values():
-            if found is not None:
-                found[0].close()
+        """Let go of the library, which waits for the device; it can be closed again."""
+        found = [found[0] for found in self._products.values() if found is not None]
         self._products.clear()
         self._workspaces.clear()
-        self._library.close()
+        for part in (*found, self._library):
+            try:
+                part.close()
+            except RuntimeError as error:  # after an error of the device everything fails; the first one is known
+                logger.warning("cuBLASLt could not be closed: %s", error)
 
     def _run(
         self, product: Product, algorithm: Algorithm, shape: Shape, x: Tensor, weight: Tensor, bias: Tensor
@@ -127,25 +130,32 @@ class TunedGemms:
         return True
 
     def _chosen(self, shape: Shape, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Product, Algorithm] | None:
-        product, name = Product(self._library, shape), _name(shape)
-        choice = self._known.get(name)
-        remembered = None if choice is None else Algorithm(*choice)
-        if remembered is not None and not self._is_right(remembered, product, shape, x, weight, bias):
-            logger.warning("%s: the algorithm kept from an earlier run does not work and is chosen anew", name)
-            del self._known[name]
-        if name not in self._known:
-            try:
-                best = self._tried(product, shape, x, weight, bias)
-            except torch.OutOfMemoryError:
-                logger.warning("%s: there is no memory to try algorithms; torch's own stays for now", name)
-                product.close()
-                return None
-            self._known[name] = None if best is None else (best.words, best.workspace)
-            self._keep(self._known)
-        if self._known[name] is None:
+        product, best = Product(self._library, shape), None
+        try:
+            best = self._settled(product, shape, x, weight, bias)
+        except torch.OutOfMemoryError:
+            logger.warning("%s: there is no memory to try algorithms; torch's own stays for now", _name(shape))
+        if best is None:
             product.close()
             return None
-        return product, Algorithm(*self._known[name])
+        return product, best
+
+    def _settled(self, product: Product, shape: Shape, x: Tensor, weight: Tensor, bias: Tensor) -> Algorithm | None:
+        """As an earlier run found, if that still works, else by trying; None for torch's own."""
+        name = _name(shape)
+        choice = self._known.get(name)
+        if choice is None and name in self._known:
+            return None
+        if not torch.isfinite(_own(x, weight, bias, shape.gelu).sum(dtype=torch.float32)):
+            return None  # nothing can be compared; another process may try again
+        if choice is not None:
+            if self._is_right(Algorithm(*choice), product, shape, x, weight, bias):
+                return Algorithm(*choice)
+            logger.warning("%s: the algorithm kept from an earlier run does not work and is chosen anew", name)
+        best = self._tried(product, shape, x, weight, bias)
+        self._known[name] = None if best is None else (best.words, best.workspace)
+        self._keep(self._known)
+        return best
 
     def _is_right(
         self, algorithm: Algorithm, product: Product, shape: Shape, x: Tensor, weight: Tensor, bias: Tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
 import secrets
@@ -15,7 +16,7 @@ from torch import distributed as dist
 
 from helios_engine.parallel.exchange import Cuts, Exchange, Pending, note_begun, wait_for
 from helios_engine.parallel.mesh import Degrees, Traffic, mesh
-from helios_engine.parallel.watch import RankFailure, Watch
+from helios_engine.parallel.watch import FAREWELL, RankFailure, Watch
 from helios_engine.trace import span
 
 ProcessGroup = object  # torch's own class exists only in builds with distributed support
@@ -168,11 +169,13 @@ class ContextParallel:
         rank = members.index(dist.get_rank())
 
         def abort() -> None:
-            for group in groups.values():
+            for group in {id(group): group for group in groups.values()}.values():
                 if dist.get_backend(group) == "nccl":  # its kernels would wait for the lost rank for ever
                     # Each by itself: NCCL ends a communicator only once no recorded step refers to it.
                     backend = group._get_backend(torch.device("cuda"))
-                    threading.Thread(target=backend.abort, daemon=True).start()
+                    thread = threading.Thread(target=backend.abort, daemon=True)
+                    thread.start()
+                    atexit.register(thread.join, FAREWELL)  # ended in the middle of a call it would abort the process
 
         watch = Watch(store, rank, len(members), timeout=rank_timeout, on_failure=abort)
         return cls(rank, degrees, global_ranks=members, groups=groups, control=control, watch=watch)

@@ -19,7 +19,7 @@ from torch import distributed as dist
 _BEATS_PER_TIMEOUT = 30
 _LONGEST_INTERVAL = 1.0  # seconds
 _LONGEST_CAUSE = 500
-_FAREWELL = 5.0  # seconds
+FAREWELL = 5.0  # seconds
 T = TypeVar("T")
 
 
@@ -179,11 +179,11 @@ class Watch:
 
     def _end_thread(self) -> None:
         self._done.set()
-        self._thread.join(timeout=_FAREWELL)
+        self._thread.join(timeout=FAREWELL)
 
     def _wait_for_all(self, key: str) -> None:
         """On rank 0, which may hold the store up: stay a moment, until all the others have posted a key."""
-        end = time.monotonic() + _FAREWELL
+        end = time.monotonic() + FAREWELL
         keys = [key.format(rank) for rank in range(1, self.size)]
         with contextlib.suppress(dist.DistError):
             while self.rank == 0 and not self._store.check(keys) and time.monotonic() < end:

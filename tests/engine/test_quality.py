@@ -164,6 +164,15 @@ def test_fp8_products_are_as_near_as_three_bits_can_be() -> None:
     assert (ops.quantize_rows(torch.tensor([[[3.0, -1.5]]])).values.float() == torch.tensor([448.0, -224.0])).all()
 
 
+def test_fp8_products_of_some_rows_are_those_of_all() -> None:
+    layer = fp8.Fp8Linear(torch.nn.Linear(32, 48, dtype=torch.bfloat16))
+    x = torch.randn(1, 9, 32).bfloat16()
+    whole, rows = layer(x), ops.quantize_rows(x)
+    for part in (slice(0, 4), slice(3, 9), slice(5, 5)):  # scales of row 3 on start at twelve bytes
+        assert torch.equal(layer(rows[:, part]), whole[:, part])
+        assert torch.equal(layer(rows[:, part], 16), whole[:, part, 16:])
+
+
 def test_fp8_in_the_engine(toy, engines) -> None:
     exact = engines("distilled").generate(VideoRequest(prompt="x", num_frames=33, height=64, width=64, seed=1)).latents
     engine = _load(toy, "distilled", fp8=True)

@@ -25,7 +25,7 @@ class Rerun:
         self.num_replays = 0
         self._traffic = traffic or Traffic()
 
-    def has_room(self) -> bool:
+    def has_room(self, num_bytes: int) -> bool:
         return True
 
     def warm_up(self, work: Work) -> None:
@@ -51,9 +51,6 @@ class Unfaithful(Rerun):
     def __init__(self, kind: str, traffic: Traffic | None = None) -> None:
         super().__init__(traffic)
         self._kind = kind
-
-    def has_room(self) -> bool:
-        return self._kind != "is full"
 
     def warm_up(self, work: Work) -> None:
         if self._kind == "has no room":

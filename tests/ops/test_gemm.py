@@ -182,6 +182,15 @@ def test_no_candidates_leave_it_to_torch(make, monkeypatch) -> None:
     assert list(kept.values()) == [None]
 
 
+def test_a_product_that_is_no_number_settles_nothing(make) -> None:
+    gemms, bench, kept = make()
+    x, weight, bias = _operands(7, 24, 16, torch.bfloat16)
+    x[0, 3, 5] = float("nan")
+    assert gemms(x, weight, bias)[0, 3].isnan().all()
+    assert not kept
+    assert not bench.num_tried
+
+
 def test_no_memory_to_try_is_not_remembered(make, monkeypatch, caplog) -> None:
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")

@@ -15,6 +15,8 @@ import numpy as np
 import psutil
 import pytest
 
+from helios_engine.cli import main
+
 TIMEOUT = 6
 SMALL = ["--prompt", "A red fox", "--height", "64", "--width", "64", "--device", "cpu", "--quiet"]
 # A rank of its own making: the argument says which rank raises, and at which step.
@@ -156,8 +158,6 @@ def test_a_polite_stop_ends_all_ranks(toy, tmp_path) -> None:
 def test_more_ranks_than_gpus_are_refused(toy, tmp_path, monkeypatch, capsys) -> None:
     import torch
 
-    from helios_engine.cli import main
-
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     flags = ["--model", str(toy / "base"), "--prompt", "x", "--output", str(tmp_path / "a.mp4"), "--num-gpus", "2"]
@@ -165,37 +165,32 @@ def test_more_ranks_than_gpus_are_refused(toy, tmp_path, monkeypatch, capsys) ->
     assert "2 ranks need 2 GPUs here, but this torch sees 1" in capsys.readouterr().err
 
 
-def test_a_killed_run_is_resumed(toy, tmp_path) -> None:
-    frames = ["--num-frames", "132", "--steps", "1,1,1"]
+def test_a_killed_run_is_resumed(toy, tmp_path, ranks) -> None:
+    kept, steps = tmp_path / "kept", ["--num-frames", "99", "--steps", "1,1,1"]
 
-    def run(name: str, num_ranks: int, *more: str) -> subprocess.Popen:
-        command = _command(toy / "distilled", tmp_path / name / "out.npy", *frames, "--num-gpus", str(num_ranks), *more)
-        return subprocess.Popen(
-            [sys.executable, *command],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},  # five processes at once
-        )
+    def command(name: str, *more: str) -> list[str]:
+        return _command(toy / "distilled", tmp_path / f"{name}.npy", *steps, "--checkpoint-dir", *more)
 
-    kept = str(tmp_path / "kept")
-    broken = run("two", 2, "--checkpoint-dir", kept)
-    _wait_for(tmp_path, "kept/chunk_00000.npy")
+    def run_two(*more: str) -> subprocess.Popen:
+        started = [sys.executable, *command("two", str(kept), "--num-gpus", "2", *more)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(started, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+    broken = run_two()
+    _wait_for(kept, "chunk_00000.npy")
     children = psutil.Process(broken.pid).children(recursive=True)
     next(child for child in children if child.environ().get("RANK") == "1").kill()
     ((code, _),) = _ends([broken])
     assert code == 1
-    assert not (tmp_path / "two" / "out.npy").exists()
+    assert not (tmp_path / "two.npy").exists()
     shutil.copytree(kept, tmp_path / "for one")
-    ends = _ends(
-        [
-            run("two", 2, "--checkpoint-dir", kept, "--resume"),
-            run("one", 1, "--checkpoint-dir", str(tmp_path / "for one"), "--resume"),
-            run("whole", 2),
-        ]
-    )
-    assert [code for code, _ in ends] == [0, 0, 0], ends
-    two, one, whole = (np.load(tmp_path / name / "out.npy") for name in ("two", "one", "whole"))
+    again = run_two("--resume")
+    assert main(command("one", str(tmp_path / "for one"), "--resume")[2:]) == 0
+    ((code, said),) = _ends([again])
+    assert code == 0, said
+    request = {"prompt": "A red fox", "height": 64, "width": 64, "steps": (1, 1, 1), "num_frames": 99}
+    whole = ranks.run("generate", (2, 1, 1), folder=str(toy / "distilled"), arguments=request)[0][1]
+    two, one = (np.load(tmp_path / f"{name}.npy") for name in ("two", "one"))
     assert np.array_equal(two, whole), "bit-equal on as many ranks"
     assert np.abs(one.astype(int) - whole).max() <= 1, "within rounding on another number"
 
