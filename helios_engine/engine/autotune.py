@@ -16,6 +16,7 @@ from helios_engine.ops.attention import Attention, attention_candidates, choose_
 from helios_engine.ops.cublaslt import CublasLt
 from helios_engine.ops.gemm import Bench, CudaBench, Known, TunedGemms
 from helios_engine.parallel.context import ContextParallel
+from helios_engine.settings import EngineConfig
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,17 @@ def why_not_tuned(device: torch.device, dtype: torch.dtype, *, offload: str) -> 
     if offload != "none":
         return f"with offload {offload} the weights' way to the device decides"
     return None
+
+
+def settle_gemms(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> TunedGemms | None:
+    """What multiplies in torch's place, where that is asked for and can be; said aloud where it cannot."""
+    if not config.tune_gemms:
+        return None
+    reason = why_not_tuned(device, dtype, offload=config.offload)
+    if reason is not None:
+        logger.warning("matrix products keep torch's own algorithms: %s", reason)
+        return None
+    return make_gemms(device)
 
 
 def make_gemms(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from helios_engine.engine import conditioning
-from helios_engine.engine.autotune import make_gemms, settle_attention, why_not_tuned
+from helios_engine.engine.autotune import settle_attention, settle_gemms
 from helios_engine.engine.checkpoint import Checkpoint
 from helios_engine.engine.checks import (
     check_same_shape,
@@ -22,7 +22,7 @@ from helios_engine.engine.chunk import StepCallback
 from helios_engine.engine.control import Control
 from helios_engine.engine.devices import resolve_device, resolve_dtype
 from helios_engine.engine.frames import FrameCodec
-from helios_engine.engine.graphs import USES_BEFORE, StepGraphs, why_not_graphs
+from helios_engine.engine.graphs import make_graphs
 from helios_engine.engine.history import History
 from helios_engine.engine.lane import make_lane, why_not_overlapped
 from helios_engine.engine.maker import ChunkMaker
@@ -30,14 +30,12 @@ from helios_engine.engine.media import Clip
 from helios_engine.engine.memory import advise_memory
 from helios_engine.engine.offload import Turns, load_components
 from helios_engine.engine.plan import Plan, plan_for
-from helios_engine.engine.recorders import choose_recorder
 from helios_engine.engine.session import Point, PromptEmbeddings, VideoSession, VideoStream
 from helios_engine.engine.state import SessionState
 from helios_engine.model.reuse import Approximations
 from helios_engine.model.text import TextEncoder
 from helios_engine.model.transformer import Transformer
 from helios_engine.model.vae import VideoAutoencoder
-from helios_engine.ops.gemm import TunedGemms
 from helios_engine.output import Video, collect
 from helios_engine.parallel.context import ContextParallel
 from helios_engine.request import VideoChunk, VideoRequest
@@ -79,11 +77,11 @@ class Engine:
             transformer.to_fp8_()
         if config.compile:
             transformer.compile_blocks()
-        self._gemms = self._make_gemms()
+        self._gemms = settle_gemms(config, self.device, self.dtype)
         transformer.connect(
             attention, self.context, ring_method=config.ring_method, exchange=config.exchange, gemms=self._gemms
         )
-        graphs = self._make_graphs()
+        graphs = make_graphs(transformer, config, self.device, approximates=self.approximations.any)
         overlaps = config.overlap_decode and self._can_overlap()
         self._frames = FrameCodec(
             vae,
@@ -384,34 +382,6 @@ class Engine:
             shape = (1, max_length, self.checkpoint.model.text_dim)
             own = torch.empty(shape, dtype=self.dtype, device=self.device)
         return own if self.config.text_encoder_ranks == "all" else self.context.broadcast(own, "text")
-
-    def _make_gemms(self) -> TunedGemms | None:
-        if not self.config.tune_gemms:
-            return None
-        reason = why_not_tuned(self.device, self.dtype, offload=self.config.offload)
-        if reason is not None:
-            logger.warning("matrix products keep torch's own algorithms: %s", reason)
-            return None
-        return make_gemms(self.device)
-
-    def _make_graphs(self) -> StepGraphs | None:
-        reason = why_not_graphs(
-            self.device,
-            num_ranks=self.context.size,
-            wanted=self.config.cuda_graphs,
-            offload=self.config.offload,
-            approximates=self.approximations.any,
-            compiles=self.config.compile,
-        )
-        recorder = None
-        if reason is None:
-            recorder = choose_recorder(self.device, self.context, exchange=self.config.exchange)
-            reason = f"the exchanges of {self.config.exchange} cannot be recorded here"
-        if recorder is None:
-            if self.config.cuda_graphs:
-                logger.warning("steps are not recorded as CUDA graphs: %s", reason)
-            return None
-        return StepGraphs(self.transformer, recorder, uses_before=0 if self.config.cuda_graphs else USES_BEFORE)
 
     def _can_overlap(self) -> bool:
         config = self.config

@@ -21,12 +21,13 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
-from helios_engine.engine.recorders import Recorder
+from helios_engine.engine.recorders import Recorder, choose_recorder
 from helios_engine.engine.stage import Stage
 from helios_engine.model.context import ChunkContext, TextContext
 from helios_engine.model.transformer import LIVE_WIDTHS, Transformer
 from helios_engine.parallel.mesh import Traffic
 from helios_engine.sampling.solver import Solver
+from helios_engine.settings import EngineConfig
 
 logger = logging.getLogger(__name__)
 # One GPU saves about a hundredth of a forward by a replay (estimated from its launches), so three forwards come back late;
@@ -305,3 +306,30 @@ def why_not_graphs(
     if compiles:
         return "compile has its own way"
     return None
+
+
+def make_graphs(
+    transformer: Transformer, config: EngineConfig, device: torch.device, *, approximates: bool
+) -> StepGraphs | None:
+    """Recorded steps for a connected transformer, None where there can be none; said aloud where they were asked for.
+
+    Collective, once it is clear that these settings allow them.
+    """
+    context = transformer.parallel
+    reason = why_not_graphs(
+        device,
+        num_ranks=context.size,
+        wanted=config.cuda_graphs,
+        offload=config.offload,
+        approximates=approximates,
+        compiles=config.compile,
+    )
+    recorder = None
+    if reason is None:
+        recorder = choose_recorder(device, context, exchange=config.exchange)
+        reason = f"the exchanges of {config.exchange} cannot be recorded here"
+    if recorder is None:
+        if config.cuda_graphs:
+            logger.warning("steps are not recorded as CUDA graphs: %s", reason)
+        return None
+    return StepGraphs(transformer, recorder, uses_before=0 if config.cuda_graphs else USES_BEFORE)

@@ -221,7 +221,7 @@ def can_record_exchanges(context: ContextParallel, recorder: Recorder, device: t
     sent = torch.zeros(context.size * _SAMPLE, device=device)
 
     def work() -> tuple[Tensor, ...]:
-        return context.sample_exchanges(sent)
+        return _exchanged(context, sent)
 
     def fill(turn: int) -> tuple[Tensor, ...]:
         sent.copy_(torch.arange(sent.numel()) + 1000 * context.rank + 7 * turn)
@@ -245,3 +245,20 @@ def can_record_exchanges(context: ContextParallel, recorder: Recorder, device: t
         return True
     logger.info("exchanges cannot be recorded: %s", problem or "it does not work on another rank")
     return False
+
+
+def _exchanged(context: ContextParallel, x: Tensor) -> tuple[Tensor, ...]:
+    """What arrives from exchanging a flat tensor in every way that a forward uses, group by group."""
+    degrees, arrived = context.degrees, []
+    for group, members in (("ulysses", degrees.ulysses), ("ring", degrees.ring)):
+        if members > 1:
+            counts = [x.numel() // members] * members
+            own = x[: sum(counts)]
+            arrived.append(
+                context.all_to_all(own, send_counts=counts, receive_counts=counts, purpose="test", group=group)
+            )
+    if context.sequence_size > 1:
+        arrived.append(context.gather_rows(x.view(1, -1, 1), [x.numel()] * context.sequence_size, "test"))
+    if degrees.cfg > 1:
+        arrived += context.exchange_branches(x, "test")
+    return tuple(arrived)

@@ -316,23 +316,6 @@ class ContextParallel:
         received = self._all_gather(rows, 2, purpose, "cfg")
         return received[0], received[1]
 
-    def sample_exchanges(self, x: Tensor) -> tuple[Tensor, ...]:
-        """What arrives from exchanging a flat tensor in every way that a forward uses, group by group."""
-        arrived = []
-        for name in ("ulysses", "ring"):
-            members = getattr(self.degrees, name)
-            if members > 1:
-                counts = [x.numel() // members] * members
-                own = x[: sum(counts)]
-                arrived.append(
-                    self.all_to_all(own, send_counts=counts, receive_counts=counts, purpose="test", group=name)
-                )
-        if self.sequence_size > 1:
-            arrived.append(self.gather_rows(x.view(1, -1, 1), [x.numel()] * self.sequence_size, "test"))
-        if self.degrees.cfg > 1:
-            arrived += self.exchange_branches(x, "test")
-        return tuple(arrived)
-
     def broadcast(self, tensor: Tensor, purpose: str) -> Tensor:
         """Rank 0's tensor on every rank; the others pass one of the same shape and dtype, which is overwritten."""
         if self.size == 1:
