@@ -179,7 +179,7 @@ class Engine:
         """A session for one video, its prompt encoded and its history in place.
 
         on_step(stage, step, latents) is called after every solver step; latents [1, C, 9, h, w] are read-only. A chunk that
-        has to be made anew, because recorded forwards left too little memory, reports its steps again.
+        has to be made anew, because recorded steps left too little memory, reports its steps again.
         """
         plan, pixels = self._agreed(request)
         return self._open(request, plan, pixels, on_step)

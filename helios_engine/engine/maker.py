@@ -59,7 +59,7 @@ class ChunkMaker:
         self._noise_factor = block_noise_factor(checkpoint.scheduler.gamma).to(device)
 
     def advance(self, sessions: Sequence[VideoSession]) -> list[VideoChunk]:
-        """See Engine.advance. Where recorded forwards leave too little memory, they are given up and the chunk made anew."""
+        """See Engine.advance. Where recorded steps leave too little memory, they are given up and the chunk made anew."""
         try:
             return self._advance(sessions)
         except OutOfMemory:

@@ -125,7 +125,7 @@ def has_room_for_text(checkpoint: Checkpoint, config: EngineConfig, device: torc
 
 
 def _records(config: EngineConfig, plan: Plan, num_ranks: int) -> bool:
-    """Whether forwards are recorded in the course of a video: by default once a stage has come often."""
+    """Whether steps are recorded in the course of a video: by default once a stage has come often."""
     later = 2**31 if plan.num_chunks is None else plan.num_chunks - 1
     steps = zip(plan.first_schedules, plan.schedules, strict=True)
     if not config.cuda_graphs and max(f.num_steps + later * s.num_steps for f, s in steps) <= USES_BEFORE:

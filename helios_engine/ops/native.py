@@ -244,11 +244,6 @@ def unpack_heads(received: Tensor, shape: tuple[int, int, int, int], heads: Sequ
     return out
 
 
-def gelu_(x: Tensor) -> Tensor:
-    """See reference.gelu_."""
-    return reference.gelu_(x)
-
-
 def linear_gelu(x_BLD: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """See reference.linear_gelu. On a GPU bias and tanh-GELU go into the product's epilogue: one rounding less."""
     sixteen_bits = x_BLD.dtype in (torch.bfloat16, torch.float16)
