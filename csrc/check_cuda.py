@@ -3,8 +3,9 @@
     python csrc/check_cuda.py [--jobs 2]
 
 No GPU and no CUDA build of torch are needed. Fails where a kernel spills or uses local memory (ptxas), and where a hot
-kernel has too few accesses of 16 bytes (disassembly, if cuobjdump and nvdisasm are there: their names as packages are
-nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm). The CUDA side of the bindings is compiled too, not linked.
+kernel has too few accesses of 16 bytes or issues more instructions than budgets.py allows (disassembly, if cuobjdump and
+nvdisasm are there: their names as packages are nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm). Budgets hold for the nvcc
+they were set with; another one's table is printed only. The CUDA side of the bindings is compiled too, not linked.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ import sys
 import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import budgets
 
 ROOT = Path(__file__).parent
 FLAGS = ["-std=c++17", "-O3", "-fmad=false"]  # as setup.py
@@ -26,13 +30,26 @@ ARCHITECTURES = ("80", "90", "100", "120")
 # Kernels that move whole rows: their name's start, and the least number of 16-byte loads and stores to global memory.
 HOT = {
     "residual_gate_norm_registers": (2, 2),
-    "qk_rmsnorm_rope_registers": (2, 1),
-    "rmsnorm_rows_registers": (2, 1),
-    "norm_vectors": (2, 1),
-    "quantize_vectors": (2, 0),
+    "qk_rmsnorm_rope_registers": (2, 2),
+    "rmsnorm_rows_registers": (2, 2),
+    "norm_lines": (6, 3),
+    "add_lines": (2, 1),
+    "upsample_lines": (1, 4),
+    "quantize_registers": (5, 0),
     "unpackI5uint4": (1, 1),
-    "upsampleI5uint4": (1, 4),
+    "merge_rows": (2, 2),
 }
+BUDGETED, PINNED_NVCC = "90", "release 13.0"
+
+
+@dataclass
+class Findings:
+    """What one source for one architecture shows."""
+
+    problems: list[str] = field(default_factory=list)
+    hot: set[str] = field(default_factory=set)
+    functions: dict[str, str] = field(default_factory=dict)  # mangled name -> disassembly, where budgets are held
+    registers: dict[str, int] = field(default_factory=dict)
 
 
 def run(command: list[str]) -> str:
@@ -45,50 +62,60 @@ def run(command: list[str]) -> str:
     return result.stdout + result.stderr
 
 
-def problems_of_build(source: Path, architecture: str, cubin: Path) -> list[str]:
-    """Compile one source for one architecture; what ptxas says against it."""
+def check_build(source: Path, architecture: str, cubin: Path, found: Findings) -> None:
+    """Compile one source for one architecture and note what ptxas says of it."""
     printed = run(
         ["nvcc", *FLAGS, f"-arch=sm_{architecture}", "-Xptxas", "-v", "-cubin", "-o", str(cubin), str(source)]
     )
-    found = []
+    found.registers = budgets.registers_of(printed)
     kernel = ""
     for line in printed.splitlines():
         if match := re.search(r"Function properties for (\S+)", line):
             kernel = match[1]
         match = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line)
         if match and any(int(number) for number in match.groups()):
-            found.append(f"{source.name} sm_{architecture} {kernel}: {line.strip()}")
-    return found
+            found.problems.append(f"{source.name} sm_{architecture} {kernel}: {line.strip()}")
 
 
-def problems_of_code(cubin: Path, label: str, cuobjdump: str) -> tuple[list[str], set[str]]:
-    """(what the disassembly says against the code, the hot kernels seen in it)."""
-    found: list[str] = []
-    seen: set[str] = set()
+def check_code(cubin: Path, label: str, cuobjdump: str, found: Findings) -> None:
+    """Note what the disassembly says."""
     for function in run([cuobjdump, "-sass", str(cubin)]).split("Function : ")[1:]:
         name, code = function.split("\n", 1)
+        found.functions[name.strip()] = code
         if re.search(r"\b(LDL|STL)\b", code):
-            found.append(f"{label} {name}: uses local memory")
+            found.problems.append(f"{label} {name}: uses local memory")
         for hot, (loads, stores) in HOT.items():
             if hot not in name:
                 continue
-            seen.add(hot)
+            found.hot.add(hot)
             wide = len(re.findall(r"\bLDG\.E(\.\w+)*\.128", code)), len(re.findall(r"\bSTG\.E(\.\w+)*\.128", code))
             if wide[0] < loads or wide[1] < stores:
-                found.append(
+                found.problems.append(
                     f"{label} {name}: {wide[0]} wide loads and {wide[1]} wide stores, not {loads} and {stores}"
                 )
-    return found, seen
 
 
-def check(source: Path, architecture: str, folder: Path, cuobjdump: str | None) -> tuple[list[str], set[str]]:
-    """Problems of one source on one architecture, and the hot kernels in it."""
-    cubin = folder / f"{source.stem}_{architecture}.cubin"
-    found, seen = problems_of_build(source, architecture, cubin), set()
+def check(source: Path, architecture: str, folder: Path, cuobjdump: str | None) -> Findings:
+    """What one source shows on one architecture."""
+    cubin, found = folder / f"{source.stem}_{architecture}.cubin", Findings()
+    check_build(source, architecture, cubin, found)
     if cuobjdump:
-        more, seen = problems_of_code(cubin, f"{source.name} sm_{architecture}", cuobjdump)
-        found += more
-    return found, seen
+        check_code(cubin, f"{source.name} sm_{architecture}", cuobjdump, found)
+    if architecture != BUDGETED:
+        found.functions = {}
+    return found
+
+
+def check_budgets(results: list[Findings]) -> list[str]:
+    """Print the table of instructions; what is above its budget, where this nvcc is the one budgets were set with."""
+    functions = {name: code for found in results for name, code in found.functions.items()}
+    registers = {name: count for found in results if found.functions for name, count in found.registers.items()}
+    lines, above = budgets.report(functions, registers)
+    print("\n".join(lines))
+    if PINNED_NVCC in run(["nvcc", "--version"]):
+        return above
+    print("\n".join(f"another nvcc than {PINNED_NVCC}, so only reported: {line}" for line in above))
+    return []
 
 
 def check_bindings() -> None:
@@ -130,17 +157,18 @@ def main() -> None:
             for architecture in ARCHITECTURES
         ]
         results = [job.result() for job in jobs]
-        found = [problem for problems, _ in results for problem in problems]
-        seen = {hot for _, hots in results for hot in hots}
+        problems = [problem for found in results for problem in found.problems]
+        seen = {hot for found in results for hot in found.hot}
         if cuobjdump is not None:
-            found += [f"no kernel is named {hot}: mend the list of hot kernels" for hot in HOT if hot not in seen]
+            problems += [f"no kernel is named {hot}: mend the list of hot kernels" for hot in HOT if hot not in seen]
+            problems += check_budgets(results)
         last = ARCHITECTURES[-1]
         for source in sources:
             target = f"arch=compute_{last},code=compute_{last}"
             run(["nvcc", *FLAGS, "-gencode", target, "-ptx", "-o", f"{folder}/{source.stem}.ptx", str(source)])
     check_bindings()
-    if found:
-        sys.exit("\n".join(found))
+    if problems:
+        sys.exit("\n".join(problems))
     print(f"check_cuda: {len(sources)} sources, sm_{', sm_'.join(ARCHITECTURES)} and PTX: no spills, no local memory")
 
 

@@ -13,6 +13,11 @@
 
 #include "../kernels/types.h"
 
+// Named without STABLE_ by the releases before it was renamed (2.10 and 2.11).
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
+
 // Absent in CPU builds of torch; found through libtorch in CUDA builds.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
 

@@ -36,10 +36,16 @@ STABLE_TORCH_LIBRARY(helios, m) {
   m.def(
       "cfg_combine(Tensor positive, Tensor negative, Tensor(a!) out, Tensor(b!)? workspace, float "
       "scale) -> ()");
-  m.def("channel_norm_silu(Tensor x, Tensor gamma, Tensor(a!) out, bool silu) -> ()");
-  m.def("upsample_nearest(Tensor x, Tensor(a!) out) -> ()");
-  m.def("bias_residual(Tensor(a!) x, Tensor? bias, Tensor? residual) -> ()");
+  m.def(
+      "channel_norm_silu(Tensor(a!) x, Tensor gamma, Tensor? bias, Tensor? residual, Tensor(b!) "
+      "out, bool silu) -> ()");
+  m.def("upsample_nearest(Tensor x, Tensor? bias, Tensor? residual, Tensor(a!) out) -> ()");
+  m.def("bias_residual(Tensor x, Tensor? bias, Tensor? residual, Tensor(a!) out) -> ()");
   m.def("quantize_rows(Tensor x, Tensor(a!) out, Tensor(b!) scale, bool gelu) -> ()");
+  m.def(
+      "quantize_heads(Tensor q, Tensor k, Tensor v, Tensor(a!) q_out, Tensor(b!) k_out, "
+      "Tensor(c!) v_out, Tensor(d!) q_scale, Tensor(e!) k_scale, Tensor(f!) v_scale, "
+      "Tensor(g!) workspace) -> ()");
 }
 
 #define HELIOS_IMPL(m)                                                           \
@@ -58,7 +64,8 @@ STABLE_TORCH_LIBRARY(helios, m) {
   m.impl("channel_norm_silu", TORCH_BOX(&helios::bind_channel_norm_silu));       \
   m.impl("upsample_nearest", TORCH_BOX(&helios::bind_upsample_nearest));         \
   m.impl("bias_residual", TORCH_BOX(&helios::bind_bias_residual));               \
-  m.impl("quantize_rows", TORCH_BOX(&helios::bind_quantize_rows));
+  m.impl("quantize_rows", TORCH_BOX(&helios::bind_quantize_rows));               \
+  m.impl("quantize_heads", TORCH_BOX(&helios::bind_quantize_heads));
 
 STABLE_TORCH_LIBRARY_IMPL(helios, CPU, m){HELIOS_IMPL(m)}
 #ifdef HELIOS_CUDA

@@ -37,9 +37,15 @@ void bind_upsample_renoise(const Tensor x, const Tensor draws, const Tensor fact
                            const Tensor out, double alpha, double beta, bool noise_is_wide);
 void bind_cfg_combine(const Tensor positive, const Tensor negative, const Tensor out,
                       const MaybeTensor workspace, double scale);
-void bind_channel_norm_silu(const Tensor x, const Tensor gamma, const Tensor out, bool silu);
-void bind_upsample_nearest(const Tensor x, const Tensor out);
-void bind_bias_residual(const Tensor x, const MaybeTensor bias, const MaybeTensor residual);
+void bind_channel_norm_silu(const Tensor x, const Tensor gamma, const MaybeTensor bias,
+                            const MaybeTensor residual, const Tensor out, bool silu);
+void bind_upsample_nearest(const Tensor x, const MaybeTensor bias, const MaybeTensor residual,
+                           const Tensor out);
+void bind_bias_residual(const Tensor x, const MaybeTensor bias, const MaybeTensor residual,
+                        const Tensor out);
 void bind_quantize_rows(const Tensor x, const Tensor out, const Tensor scale, bool gelu);
+void bind_quantize_heads(const Tensor q, const Tensor k, const Tensor v, const Tensor q_out,
+                         const Tensor k_out, const Tensor v_out, const Tensor q_scale,
+                         const Tensor k_scale, const Tensor v_scale, const Tensor workspace);
 
 }  // namespace helios

@@ -24,24 +24,39 @@ const void* per_channel(const Tensor& x, const Tensor& values, const char* name)
   return values.const_data_ptr();
 }
 
+// What is added to x: a bias per channel and pictures of x's shape, either of which may be missing.
+Addends addends_of(const Tensor& x, const MaybeTensor& bias, const MaybeTensor& residual) {
+  Addends added{};
+  if (bias.has_value()) added.bias = per_channel(x, *bias, "bias");
+  if (residual.has_value()) {
+    check_same(x, *residual, "residual"), check_shape(x, *residual, "residual");
+    check_dtype(*residual, x.scalar_type(), "residual");
+    added.residual = pictures_of(*residual, "residual");
+  }
+  return added;
+}
+
 }  // namespace
 
-void bind_channel_norm_silu(const Tensor x, const Tensor gamma, const Tensor out, bool silu) {
+void bind_channel_norm_silu(const Tensor x, const Tensor gamma, const MaybeTensor bias,
+                            const MaybeTensor residual, const Tensor out, bool silu) {
   ChannelNormSilu args{};
   args.x = pictures_of(x, "x"), args.out = pictures_of(out, "out"), args.dtype = dtype_of(x, "x");
   check_same(x, out, "out"), check_shape(x, out, "out"), check_dtype(out, x.scalar_type(), "out");
   fill_size(args, x);
   args.gamma = per_channel(x, gamma, "gamma"), args.silu = silu;
+  args.added = addends_of(x, bias, residual);
   if (x.numel() == 0) return;
   launch(x, args, HELIOS_TWINS(channel_norm_silu));
 }
 
-void bind_upsample_nearest(const Tensor x, const Tensor out) {
+void bind_upsample_nearest(const Tensor x, const MaybeTensor bias, const MaybeTensor residual,
+                           const Tensor out) {
   UpsampleNearest args{};
-  args.x = pictures_of(x, "x"), args.out = pictures_of(out, "out"), dtype_of(x, "x");
+  args.x = pictures_of(x, "x"), args.out = pictures_of(out, "out"), args.dtype = dtype_of(x, "x");
   check_same(x, out, "out"), check_dtype(out, x.scalar_type(), "out");
   fill_size(args, x);
-  args.element_size = static_cast<int64_t>(x.element_size());
+  args.added = addends_of(x, bias, residual);
   STD_TORCH_CHECK(out.size(0) == args.batch && out.size(1) == args.channels &&
                       out.size(2) == args.frames && out.size(3) == 2 * args.rows &&
                       out.size(4) == 2 * args.columns,
@@ -50,16 +65,13 @@ void bind_upsample_nearest(const Tensor x, const Tensor out) {
   launch(x, args, HELIOS_TWINS(upsample_nearest));
 }
 
-void bind_bias_residual(const Tensor x, const MaybeTensor bias, const MaybeTensor residual) {
+void bind_bias_residual(const Tensor x, const MaybeTensor bias, const MaybeTensor residual,
+                        const Tensor out) {
   BiasResidual args{};
-  args.x = pictures_of(x, "x"), args.dtype = dtype_of(x, "x");
+  args.x = pictures_of(x, "x"), args.out = pictures_of(out, "out"), args.dtype = dtype_of(x, "x");
+  check_same(x, out, "out"), check_shape(x, out, "out"), check_dtype(out, x.scalar_type(), "out");
   fill_size(args, x);
-  if (bias.has_value()) args.bias = per_channel(x, *bias, "bias");
-  if (residual.has_value()) {
-    check_same(x, *residual, "residual"), check_shape(x, *residual, "residual");
-    check_dtype(*residual, x.scalar_type(), "residual");
-    args.residual = pictures_of(*residual, "residual");
-  }
+  args.added = addends_of(x, bias, residual);
   if (x.numel() == 0) return;
   launch(x, args, HELIOS_TWINS(bias_residual));
 }

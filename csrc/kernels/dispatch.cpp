@@ -10,6 +10,7 @@
 #include "patchify.h"
 #include "qk_rmsnorm_rope.h"
 #include "quantize.h"
+#include "quantize_heads.h"
 #include "residual_gate_norm.h"
 #include "vae.h"
 
@@ -90,5 +91,6 @@ HELIOS_DISPATCH(channel_norm_silu, ChannelNormSilu)
 HELIOS_DISPATCH(upsample_nearest, UpsampleNearest)
 HELIOS_DISPATCH(bias_residual, BiasResidual)
 HELIOS_DISPATCH(quantize_rows, QuantizeRows)
+HELIOS_DISPATCH(quantize_heads, QuantizeHeads)
 
 }  // namespace helios

@@ -10,10 +10,18 @@
 namespace helios {
 
 // The larger one, or NaN where one of them is.
-__device__ __forceinline__ float larger(float a, float b) { return a > b || a != a ? a : b; }
+__device__ __forceinline__ float larger(float a, float b) {
+#ifdef __CUDA_ARCH__
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+#else
+  return a > b || a != a ? a : b;
+#endif
+}
 
-// The block's largest value on all threads. scratch holds a float per warp, of which there
-// are kWarps.
+// The block's largest value on all threads. scratch holds a float per warp and must not be that of
+// the block's reduction before, see block_sum.
 template <int kWarps>
 __device__ __forceinline__ float block_top(float value, float* scratch) {
 #pragma unroll
@@ -24,8 +32,37 @@ __device__ __forceinline__ float block_top(float value, float* scratch) {
   value = scratch[0];
 #pragma unroll
   for (int warp = 1; warp < kWarps; ++warp) value = larger(value, scratch[warp]);
-  __syncthreads();  // all have read before the next row writes
   return value;
+}
+
+// The largest magnitude among a thread's numbers.
+template <typename T, int kVectors>
+__device__ __forceinline__ float top_of(const uint4 (&vectors)[kVectors]) {
+  if constexpr (sizeof(T) == 4) {
+    float top = 0.0f;
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      Vector<T> x;
+      x.set(vectors[v]);
+#pragma unroll
+      for (int i = 0; i < Vector<T>::kSize; ++i) top = larger(top, fabsf(x.values[i]));
+    }
+    return top;
+  } else {
+    // Magnitudes would take an instruction more for each pair.
+    std::uint32_t most = vectors[0].x, least = vectors[0].x;
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      const std::uint32_t words[4] = {vectors[v].x, vectors[v].y, vectors[v].z, vectors[v].w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        most = larger_of_pairs<T>(most, words[i]);
+        least = smaller_of_pairs<T>(least, words[i]);
+      }
+    }
+    return larger(larger(fabsf(Pair<T>::low(most)), fabsf(Pair<T>::low(least))),
+                  larger(fabsf(Pair<T>::high(most)), fabsf(Pair<T>::high(least))));
+  }
 }
 
 __device__ __forceinline__ std::uint16_t e4m3_pair(float first, float second) {

@@ -12,28 +12,37 @@ struct Pictures {
   std::int64_t strides[4];  // batch, frame, row, column, in elements
 };
 
-// out = silu(x / max(|x|, 1e-12) * sqrt(channels) * gamma), |x| over channels. out may lie inside a
+// What a convolution left to be added to its result: a bias and another branch's result.
+struct Addends {
+  const void* bias;   // [channels] of dtype, or null
+  Pictures residual;  // as the pictures it goes with, or data null
+};
+
+// sum = x + (bias + residual), rounded once; out = silu(sum / max(|sum|, 1e-12) * sqrt(channels) *
+// gamma), |sum| over channels. Where there is a residual, x becomes the sum. out may lie inside a
 // larger buffer: behind the past frames of a causal convolution's input, say. 16-bit results are
 // rounded after every product, as torch's own chain.
 struct ChannelNormSilu {
   Pictures x, out;
   const void* gamma;  // [channels] of dtype
+  Addends added;
   std::int64_t batch, frames, rows, columns, channels;
   bool silu;
   DType dtype;
 };
 
-// out = each pixel repeated over 2 x 2.
+// out = each pixel of x + (bias + residual) repeated over 2 x 2.
 struct UpsampleNearest {
   Pictures x, out;
+  Addends added;
   std::int64_t batch, frames, rows, columns, channels;  // of x
-  std::int64_t element_size;
+  DType dtype;
 };
 
-// x += bias (per channel, or null) + residual (or data null), the sum of both rounded once.
+// out = x + (bias + residual), the sum of all rounded once; out may be x.
 struct BiasResidual {
-  Pictures x, residual;
-  const void* bias;  // [channels] of dtype
+  Pictures x, out;
+  Addends added;
   std::int64_t batch, frames, rows, columns, channels;
   DType dtype;
 };

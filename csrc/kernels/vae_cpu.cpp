@@ -38,6 +38,15 @@ HELIOS_INLINE V exponential(V x) {
   return x == x ? power * power_of_two(whole) : x;
 }
 
+// x[c] + (bias + residual), rounded once; null where there is none of them.
+template <typename V, typename T>
+HELIOS_INLINE V sum_at(const T* x, const T* bias, const T* residual, int64_t c) {
+  V added = {};
+  if (bias != nullptr) added = added + load<V>(bias + c);
+  if (residual != nullptr) added = added + load<V>(residual + c);
+  return rounded_to<T>(load<V>(x + c) + added);
+}
+
 template <typename T>
 HELIOS_INLINE void norm_pixel(const T* x, T* out, const T* gamma, int64_t channels, float root,
                               bool silu) {
@@ -63,75 +72,105 @@ HELIOS_INLINE void norm_pixel(const T* x, T* out, const T* gamma, int64_t channe
   });
 }
 
+// Where a line of pixels begins.
+template <typename T>
+T* line_at(const Pictures& x, int64_t batch, int64_t frame, int64_t row) {
+  return x.data == nullptr ? nullptr
+                           : static_cast<T*>(x.data) + offset(x.strides, batch, frame, row);
+}
+
+// body(batch, frame, row) for every line, in parallel.
+template <typename Args, typename Body>
+void for_each_line(const Args& args, Body body) {
+  const int64_t lines = args.batch * args.frames * args.rows;
+#pragma omp parallel for schedule(static)
+  for (int64_t line = 0; line < lines; ++line)
+    body(line / (args.rows * args.frames), line / args.rows % args.frames, line % args.rows);
+}
+
 template <typename T>
 void norm(const ChannelNormSilu& args) {
   const float root = sqrtf(static_cast<float>(args.channels));
-  const int64_t lines = args.batch * args.frames * args.rows;
-#pragma omp parallel for schedule(static)
-  for (int64_t line = 0; line < lines; ++line) {
-    const int64_t row = line % args.rows, frame = line / args.rows % args.frames,
-                  batch = line / (args.rows * args.frames);
-    const T* x = static_cast<const T*>(args.x.data) + offset(args.x.strides, batch, frame, row);
-    T* out = static_cast<T*>(args.out.data) + offset(args.out.strides, batch, frame, row);
+  const T *gamma = static_cast<const T*>(args.gamma),
+          *bias = static_cast<const T*>(args.added.bias);
+  const bool adds = bias != nullptr || args.added.residual.data != nullptr;
+  for_each_line(args, [&](int64_t batch, int64_t frame, int64_t row) {
+    T* x = line_at<T>(args.x, batch, frame, row);
+    T* out = line_at<T>(args.out, batch, frame, row);
+    const T* residual = line_at<T>(args.added.residual, batch, frame, row);
     for (int64_t column = 0; column < args.columns; ++column) {
-      norm_pixel(x + column * args.x.strides[3], out + column * args.out.strides[3],
-                 static_cast<const T*>(args.gamma), args.channels, root, args.silu);
+      const T* from = x;
+      if (adds) {
+        // The sum goes where it is kept, or where the norm overwrites it.
+        T* sum = residual != nullptr ? x : out;
+        for_each(args.channels, [=](auto kind, int64_t c) {
+          typedef typename decltype(kind)::type V;
+          store(sum + c, sum_at<V>(x, bias, residual, c));
+        });
+        from = sum;
+      }
+      norm_pixel(from, out, gamma, args.channels, root, args.silu);
+      x += args.x.strides[3], out += args.out.strides[3];
+      if (residual != nullptr) residual += args.added.residual.strides[3];
     }
-  }
+  });
 }
 
 template <typename T>
 void add(const BiasResidual& args) {
-  const T* bias = static_cast<const T*>(args.bias);
-  const int64_t lines = args.batch * args.frames * args.rows;
-#pragma omp parallel for schedule(static)
-  for (int64_t line = 0; line < lines; ++line) {
-    const int64_t row = line % args.rows, frame = line / args.rows % args.frames,
-                  batch = line / (args.rows * args.frames);
+  const T* bias = static_cast<const T*>(args.added.bias);
+  for_each_line(args, [&](int64_t batch, int64_t frame, int64_t row) {
+    const T* x = line_at<T>(args.x, batch, frame, row);
+    const T* residual = line_at<T>(args.added.residual, batch, frame, row);
+    T* out = line_at<T>(args.out, batch, frame, row);
     for (int64_t column = 0; column < args.columns; ++column) {
-      T* x = static_cast<T*>(args.x.data) + offset(args.x.strides, batch, frame, row) +
-             column * args.x.strides[3];
-      const T* residual = nullptr;
-      if (args.residual.data != nullptr) {
-        residual = static_cast<const T*>(args.residual.data) +
-                   offset(args.residual.strides, batch, frame, row) +
-                   column * args.residual.strides[3];
-      }
       for_each(args.channels, [=](auto kind, int64_t c) {
         typedef typename decltype(kind)::type V;
-        V added = {};
-        if (bias != nullptr) added = added + load<V>(bias + c);
-        if (residual != nullptr) added = added + load<V>(residual + c);
-        store(x + c, load<V>(x + c) + added);
+        store(out + c, sum_at<V>(x, bias, residual, c));
       });
+      x += args.x.strides[3], out += args.out.strides[3];
+      if (residual != nullptr) residual += args.added.residual.strides[3];
     }
-  }
+  });
+}
+
+template <typename T>
+void upsample(const UpsampleNearest& args) {
+  const T* bias = static_cast<const T*>(args.added.bias);
+  const bool adds = bias != nullptr || args.added.residual.data != nullptr;
+  const int64_t bytes = args.channels * static_cast<int64_t>(sizeof(T));
+  for_each_line(args, [&](int64_t batch, int64_t frame, int64_t row) {
+    const T* x = line_at<T>(args.x, batch, frame, row);
+    const T* residual = line_at<T>(args.added.residual, batch, frame, row);
+    T* out = line_at<T>(args.out, batch, frame, 2 * row);
+    const int64_t down = args.out.strides[2], right = args.out.strides[3];
+    for (int64_t column = 0; column < args.columns; ++column) {
+      const T* from = x;
+      if (adds) {
+        for_each(args.channels, [=](auto kind, int64_t c) {
+          typedef typename decltype(kind)::type V;
+          store(out + c, sum_at<V>(x, bias, residual, c));
+        });
+        from = out;
+      } else {
+        memcpy(out, from, bytes);
+      }
+      memcpy(out + right, from, bytes);
+      memcpy(out + down, from, bytes);
+      memcpy(out + down + right, from, bytes);
+      x += args.x.strides[3], out += 2 * right;
+      if (residual != nullptr) residual += args.added.residual.strides[3];
+    }
+  });
 }
 
 }  // namespace
 
-void upsample_nearest(const UpsampleNearest& args) noexcept {
-  const int64_t bytes = args.channels * args.element_size;
-  const int64_t lines = args.batch * args.frames * args.rows;
-#pragma omp parallel for schedule(static)
-  for (int64_t line = 0; line < lines; ++line) {
-    const int64_t row = line % args.rows, frame = line / args.rows % args.frames,
-                  batch = line / (args.rows * args.frames);
-    const char* x = static_cast<const char*>(args.x.data) +
-                    offset(args.x.strides, batch, frame, row) * args.element_size;
-    for (int64_t twice = 0; twice < 2; ++twice) {
-      char* out = static_cast<char*>(args.out.data) +
-                  offset(args.out.strides, batch, frame, 2 * row + twice) * args.element_size;
-      for (int64_t column = 0; column < 2 * args.columns; ++column) {
-        memcpy(out + column * args.out.strides[3] * args.element_size,
-               x + column / 2 * args.x.strides[3] * args.element_size, bytes);
-      }
-    }
-  }
-}
-
 void channel_norm_silu(const ChannelNormSilu& args) noexcept {
   HELIOS_FOR_DTYPE(args.dtype, norm, args)
+}
+void upsample_nearest(const UpsampleNearest& args) noexcept {
+  HELIOS_FOR_DTYPE(args.dtype, upsample, args)
 }
 void bias_residual(const BiasResidual& args) noexcept { HELIOS_FOR_DTYPE(args.dtype, add, args) }
 

@@ -2,6 +2,7 @@
 // edge, with the instruction set that HELIOS_CPU_ISA names. Under the sanitizers this is what reads
 // and writes out of bounds would fail.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -17,6 +18,7 @@
 #include "../kernels/patchify.h"
 #include "../kernels/qk_rmsnorm_rope.h"
 #include "../kernels/quantize.h"
+#include "../kernels/quantize_heads.h"
 #include "../kernels/residual_gate_norm.h"
 #include "../kernels/vae.h"
 
@@ -221,7 +223,7 @@ void test_pictures(std::int64_t channels) {
   Pictures to = in;
   to.data = out.data();
   channel_norm_silu_cpu(
-      {in, to, gamma.data(), 1, frames, height, width, channels, true, DType::kFloat32});
+      {in, to, gamma.data(), {}, 1, frames, height, width, channels, true, DType::kFloat32});
   for (std::int64_t pixel = 0; pixel < pixels; ++pixel) {
     double squares = 0;
     for (std::int64_t c = 0; c < channels; ++c)
@@ -236,14 +238,31 @@ void test_pictures(std::int64_t channels) {
   const Pictures big = {
       large.data(),
       {4 * pixels * channels, 4 * height * width * channels, 2 * width * channels, channels}};
-  upsample_nearest_cpu({in, big, 1, frames, height, width, channels, sizeof(float)});
+  upsample_nearest_cpu({in, big, {}, 1, frames, height, width, channels, DType::kFloat32});
   check(large[0] == x[0] && large[channels] == x[0], "repeated pixels");
   check(large[large.size() - 1] == x[x.size() - 1], "last pixel");
   std::vector<float> sum = x;
   Pictures sums = in;
   sums.data = sum.data();
-  bias_residual_cpu({sums, in, gamma.data(), 1, frames, height, width, channels, DType::kFloat32});
-  check(near(sum[channels - 1], 2.0 * x[channels - 1] + gamma[channels - 1]), "bias and residual");
+  const Addends both = {gamma.data(), in};
+  bias_residual_cpu({in, sums, both, 1, frames, height, width, channels, DType::kFloat32});
+  for (std::int64_t i = 0; i < pixels * channels; ++i)
+    check(near(sum[i], 2.0 * x[i] + gamma[i % channels]), "bias and residual");
+  upsample_nearest_cpu({in, big, both, 1, frames, height, width, channels, DType::kFloat32});
+  check(large[channels] == sum[0] && large[large.size() - 1] == sum[sum.size() - 1],
+        "repeated sums");
+  // The norm of a sum is that of the sum made before; with a residual x becomes the sum.
+  std::vector<float> own = x, joined(x.size());
+  Pictures mutated = in, into = in, other = in;
+  mutated.data = own.data(), into.data = joined.data();
+  channel_norm_silu_cpu({mutated, into, gamma.data(), {gamma.data(), other}, 1, frames, height,
+                         width, channels, true, DType::kFloat32});
+  channel_norm_silu_cpu(
+      {sums, to, gamma.data(), {}, 1, frames, height, width, channels, true, DType::kFloat32});
+  for (std::int64_t i = 0; i < pixels * channels; ++i) {
+    check(own[i] == sum[i], "x becomes the sum");
+    check(near(joined[i], out[i]), "norm of a sum");
+  }
 }
 
 void test_norm_in_eight_bits(std::int64_t width) {
@@ -285,6 +304,37 @@ void test_quantize(std::int64_t width) {
   }
 }
 
+void test_quantize_heads(std::int64_t head_dim) {
+  const std::int64_t rows = 5, heads = 3, width = heads * head_dim;
+  std::vector<float> x = random_floats(rows * 3 * width, 1), scale(3 * heads);
+  std::vector<float> workspace(3 * heads * kHeadParts);
+  std::vector<std::uint8_t> out(3 * rows * width);
+  QuantizeHeads args{};
+  for (int part = 0; part < 3; ++part) {
+    args.parts[part] = {{x.data() + part * width, rows * 3 * width, 3 * width},
+                        out.data() + part * rows * width,
+                        scale.data() + part * heads,
+                        rows - part};
+  }
+  args.workspace = workspace.data(), args.batch = 1, args.heads = heads;
+  args.head_dim = head_dim, args.dtype = DType::kFloat32;
+  quantize_heads_cpu(args);
+  for (int part = 0; part < 3; ++part) {
+    for (std::int64_t head = 0; head < heads; ++head) {
+      float top = 0;
+      for (std::int64_t i = 0; i < (rows - part) * head_dim; ++i)
+        top = std::max(top, std::abs(x[i / head_dim * 3 * width + part * width + head * head_dim +
+                                       i % head_dim]));
+      check(near(scale[part * heads + head], top / 448.0), "scale of a head");
+      bool has_top = false;
+      for (std::int64_t i = 0; i < (rows - part) * head_dim; ++i)
+        has_top |= (out[part * rows * width + i / head_dim * width + head * head_dim +
+                        i % head_dim] & 0x7f) == 0x7e;
+      check(has_top, "the largest number of a head is 448");
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -297,6 +347,7 @@ int main() {
   test_latents();
   for (std::int64_t channels : {1, 5, 96}) test_pictures(channels);
   for (std::int64_t width : {1, 7, 96, 5120}) test_quantize(width);
+  for (std::int64_t head_dim : {2, 12, 128}) test_quantize_heads(head_dim);
   for (std::int64_t width : {7, 96, 5120}) test_norm_in_eight_bits(width);
   std::printf("%s: %s\n", cpu_isa(), num_failures == 0 ? "all passed" : "some failed");
   return num_failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;

@@ -15,6 +15,7 @@ from helios_engine.model.slab import Slab
 from helios_engine.model.vae import VideoAutoencoder, to_uint8, to_unit_range
 from helios_engine.ops import native as ops
 from helios_engine.parallel.context import ContextParallel
+from helios_engine.request import FRAMES_PER_CHUNK
 from helios_engine.trace import span
 
 _SPLITS = (8, 4, 2, 1)
@@ -139,7 +140,8 @@ def decode_bytes(
     per_frame = _SHARDED_UNITS_PER_FRAME if sharded else _UNITS_PER_FRAME
     if not ops.serves(device):
         per_frame = max(per_frame, _PLAIN_UNITS_PER_FRAME[size])
-    return int(unit * (per_frame * num_latent_frames + _UNITS_FIXED))
+    pixels = FRAMES_PER_CHUNK * vae.config.out_channels * latent_size[0] * latent_size[1] * 64 * size  # all of the chunk's
+    return int(unit * (per_frame * num_latent_frames + _UNITS_FIXED)) + pixels
 
 
 def frames_per_call_for(

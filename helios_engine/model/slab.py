@@ -87,8 +87,12 @@ class Slab:
         return above, below
 
 
-def convolve_rows(conv: torch.nn.Conv2d, frames: Tensor, slab: Slab | None) -> Tensor:
-    """A 3x3 convolution that keeps the size, over a whole picture or a slab of it."""
+def convolve_rows(conv: torch.nn.Conv2d, frames: Tensor, slab: Slab | None) -> tuple[Tensor, Tensor | None]:
+    """A 3x3 convolution that keeps the size, over a whole picture or a slab of it, and the bias that it leaves open.
+
+    cuDNN would add the bias in a pass of its own.
+    """
+    bias, left = (None, conv.bias) if frames.device.type == "cuda" else (conv.bias, None)
     if slab is None:
-        return conv(frames)
-    return F.conv2d(slab.with_neighbours(frames), conv.weight, conv.bias, padding=(0, 1))
+        return F.conv2d(frames, conv.weight, bias, padding=conv.padding), left
+    return F.conv2d(slab.with_neighbours(frames), conv.weight, bias, padding=(0, 1)), left

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from helios_engine.ops import native as ops
 from helios_engine.trace import span
 
 logger = logging.getLogger(__name__)
@@ -237,21 +238,11 @@ def _is_installed(module: str) -> bool:
         return False
 
 
-def quantize_heads(x_BLHK: Tensor) -> tuple[Tensor, Tensor]:
-    """(x in e4m3, what to multiply it by, [B, H] float32): every head's largest magnitude at e4m3's largest number, 448.
-
-    16-bit x is scaled in its own dtype, so that little is moved: one reduction, one product, one cast.
-    """
-    top_BH = torch.linalg.vector_norm(x_BLHK, ord=math.inf, dim=(1, 3), dtype=torch.float32).clamp_min(1e-12)
-    factor_BH = (torch.full_like(top_BH, 448.0) / top_BH).to(x_BLHK.dtype)
-    return (x_BLHK * factor_BH[:, None, :, None]).to(torch.float8_e4m3fn), factor_BH.float().reciprocal()
-
-
 def _in_eight_bits(
     flash_attn_func: Callable[..., object], q_BLHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor, **more: object
 ) -> object:
     """FlashAttention-3 on e4m3 operands with a scale per head; its result is bfloat16."""
-    (q, q_scale), (k, k_scale), (v, v_scale) = map(quantize_heads, (q_BLHK, k_BMHK, v_BMHK))
+    (q, k, v), (q_scale, k_scale, v_scale) = ops.quantize_heads(q_BLHK, k_BMHK, v_BMHK)
     return flash_attn_func(q, k, v, q_descale=q_scale, k_descale=k_scale, v_descale=v_scale, **more)
 
 

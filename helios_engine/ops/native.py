@@ -28,18 +28,26 @@ _WANTED = os.environ.get("HELIOS_OPS", "")
 LIBRARY = Path(_WANTED if _WANTED.endswith(".so") else Path(__file__).parent.parent / "libhelios_ops.so")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CFG_BLOCKS = 64  # latents.h
+_HEAD_PARTS = 128  # quantize_heads.h
 
 OPERATORS = (
-    *(
-        "residual_gate_norm",
-        "qk_rmsnorm_rope",
-        "qk_rmsnorm_rope_pack",
-        "rmsnorm_rows",
-        "unpack_heads",
-        "merge_partials",
-    ),
-    *("patch_gather", "euler_step", "dmd_step", "unipc_step", "upsample_renoise", "cfg_combine"),
-    *("channel_norm_silu", "upsample_nearest", "bias_residual", "quantize_rows"),
+    "residual_gate_norm",
+    "qk_rmsnorm_rope",
+    "qk_rmsnorm_rope_pack",
+    "rmsnorm_rows",
+    "unpack_heads",
+    "merge_partials",
+    "patch_gather",
+    "euler_step",
+    "dmd_step",
+    "unipc_step",
+    "upsample_renoise",
+    "cfg_combine",
+    "channel_norm_silu",
+    "upsample_nearest",
+    "bias_residual",
+    "quantize_rows",
+    "quantize_heads",
 )
 
 
@@ -235,6 +243,20 @@ def quantize_rows(x_BLD: Tensor, *, gelu: bool = False) -> EightBitRows:
     return out
 
 
+def quantize_heads(
+    q_BLHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """See reference.quantize_heads: 5 bytes of traffic an element in 16 bits instead of about 9."""
+    operands = (q_BLHK, k_BMHK, v_BMHK)
+    if not (runs_native(q_BLHK) and all(x.stride(3) == 1 and x.stride(2) == x.size(3) for x in operands)):
+        return reference.quantize_heads(*operands)
+    values = tuple(x.new_empty(x.shape, dtype=torch.float8_e4m3fn) for x in operands)
+    scales = tuple(x.new_empty(x.size(0), x.size(2), dtype=torch.float32) for x in operands)
+    workspace = scales[0].new_empty(3 * scales[0].numel() * _HEAD_PARTS)
+    _run("quantize_heads", *operands, *(x.view(torch.uint8) for x in values), *scales, workspace)
+    return values, scales
+
+
 def unpack_heads(received: Tensor, shape: tuple[int, int, int, int], heads: Sequence[int]) -> Tensor:
     """See reference.unpack_heads."""
     if not runs_native(received):
@@ -378,33 +400,51 @@ def cfg_combine(positive: Tensor, negative: Tensor, *, scale: float, zero_star: 
     return out
 
 
-def channel_norm_silu(x_BCTHW: Tensor, gamma: Tensor, *, silu: bool = True, out: Tensor | None = None) -> Tensor:
-    """See reference.channel_norm_silu."""
-    if not (runs_native(x_BCTHW) and _is_channels_last(x_BCTHW) and (out is None or _is_channels_last(out))):
-        return reference.channel_norm_silu(x_BCTHW, gamma, silu=silu, out=out)
+def channel_norm_silu(
+    x_BCTHW: Tensor,
+    gamma: Tensor,
+    *,
+    silu: bool = True,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """See reference.channel_norm_silu: one pass instead of one for each of sum, norm and SiLU."""
+    if not _serves_pictures(x_BCTHW, residual, out):
+        return reference.channel_norm_silu(x_BCTHW, gamma, silu=silu, bias=bias, residual=residual, out=out)
     if out is None:
         out = torch.empty_like(x_BCTHW)
-    _run("channel_norm_silu", x_BCTHW, gamma.reshape(-1), out, silu)
+    _run("channel_norm_silu", x_BCTHW, gamma.reshape(-1), bias, residual, out, silu)
     return out
 
 
-def upsample_nearest(x_BCTHW: Tensor) -> Tensor:
+def upsample_nearest(
+    x_BCTHW: Tensor, *, bias: Tensor | None = None, residual: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
     """See reference.upsample_nearest."""
-    if not (runs_native(x_BCTHW) and _is_channels_last(x_BCTHW)):
-        return reference.upsample_nearest(x_BCTHW)
-    batch, channels, frames, height, width = x_BCTHW.shape
-    out = x_BCTHW.new_empty(batch, frames, 2 * height, 2 * width, channels).permute(0, 4, 1, 2, 3)
-    _run("upsample_nearest", x_BCTHW, out)
+    if not _serves_pictures(x_BCTHW, residual, out):
+        return reference.upsample_nearest(x_BCTHW, bias=bias, residual=residual, out=out)
+    if out is None:
+        batch, channels, frames, height, width = x_BCTHW.shape
+        out = x_BCTHW.new_empty(batch, frames, 2 * height, 2 * width, channels).permute(0, 4, 1, 2, 3)
+    _run("upsample_nearest", x_BCTHW, bias, residual, out)
     return out
 
 
-def bias_residual_(x_BCTHW: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
-    """See reference.bias_residual_."""
-    last = _is_channels_last(x_BCTHW) and (residual is None or _is_channels_last(residual))
-    if not (runs_native(x_BCTHW) and last):
-        return reference.bias_residual_(x_BCTHW, bias, residual)
-    _run("bias_residual", x_BCTHW, bias, residual)
-    return None
+def bias_residual(
+    x_BCTHW: Tensor, bias: Tensor | None, residual: Tensor | None, *, out: Tensor | None = None
+) -> Tensor:
+    """See reference.bias_residual."""
+    if not _serves_pictures(x_BCTHW, residual, out):
+        return reference.bias_residual(x_BCTHW, bias, residual, out=out)
+    out = x_BCTHW if out is None else out
+    _run("bias_residual", x_BCTHW, bias, residual, out)
+    return out
+
+
+def _serves_pictures(x_BCTHW: Tensor, *others: Tensor | None) -> bool:
+    pictures = (x_BCTHW, *(other for other in others if other is not None))
+    return runs_native(x_BCTHW) and all(map(_is_channels_last, pictures))
 
 
 def _is_channels_last(x_BCTHW: Tensor) -> bool:

@@ -133,6 +133,23 @@ def quantize_rows(x_BLD: Tensor, *, gelu: bool = False) -> EightBitRows:
     return EightBitRows((wide * (largest / top)).to(torch.float8_e4m3fn), top / largest)
 
 
+def quantize_heads(
+    q_BLHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """((q, k, v in e4m3), (what to multiply each by, [B, H] float32)): a head's largest magnitude lies at 448.
+
+    Rounded once, to nearest; a head with a NaN becomes NaN.
+    """
+    values, scales = [], []
+    for x in (q_BLHK, k_BMHK, v_BMHK):
+        top_BH = x.float().abs().amax(dim=(1, 3)) if x.size(1) else x.new_zeros(x.size(0), x.size(2)).float()
+        top_BH = top_BH.clamp_min(1e-12)
+        largest = torch.full_like(top_BH, 448.0)
+        values.append((x.float() * (largest / top_BH)[:, None, :, None]).to(torch.float8_e4m3fn))
+        scales.append(top_BH / largest)
+    return tuple(values), tuple(scales)
+
+
 def qk_rms_norm_rope_(
     qkv_BLE: Tensor,
     q_weight_D: Tensor,
@@ -358,8 +375,23 @@ def cfg_combine(positive: Tensor, negative: Tensor, *, scale: float, zero_star: 
     return negative + scale * (positive - negative)
 
 
-def channel_norm_silu(x_BCTHW: Tensor, gamma: Tensor, *, silu: bool = True, out: Tensor | None = None) -> Tensor:
-    """x over its norm along channels, times sqrt(C) * gamma, through SiLU; 16-bit numbers are rounded after each product."""
+def channel_norm_silu(
+    x_BCTHW: Tensor,
+    gamma: Tensor,
+    *,
+    silu: bool = True,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """x over its norm along channels, times sqrt(C) * gamma, through SiLU; 16-bit numbers are rounded after each product.
+
+    x is x + (bias + residual) first, rounded once, and with a residual that sum is also what x holds afterwards.
+    """
+    if residual is not None:
+        bias_residual(x_BCTHW, bias, residual)
+    elif bias is not None:
+        x_BCTHW = _sum_of(x_BCTHW, bias, None)
     gamma = gamma.reshape(-1, 1, 1, 1)
     wide, scale = x_BCTHW.float(), x_BCTHW.size(1) ** 0.5
     norm = torch.linalg.vector_norm(wide, dim=1, keepdim=True).clamp_min_(1e-12)
@@ -371,16 +403,27 @@ def channel_norm_silu(x_BCTHW: Tensor, gamma: Tensor, *, silu: bool = True, out:
     return result if out is None else out.copy_(result)
 
 
-def upsample_nearest(x_BCTHW: Tensor) -> Tensor:
-    """Twice the rows and columns, by repetition."""
+def upsample_nearest(
+    x_BCTHW: Tensor, *, bias: Tensor | None = None, residual: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """x + (bias + residual), rounded once, at twice the rows and columns, by repetition."""
+    if bias is not None or residual is not None:
+        x_BCTHW = _sum_of(x_BCTHW, bias, residual)
     batch = x_BCTHW.size(0)
     frames = F.interpolate(x_BCTHW.transpose(1, 2).flatten(0, 1), scale_factor=2.0, mode="nearest-exact")
-    return frames.unflatten(0, (batch, -1)).transpose(1, 2)
+    result = frames.unflatten(0, (batch, -1)).transpose(1, 2)
+    return result if out is None else out.copy_(result)
 
 
-def bias_residual_(x_BCTHW: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
-    """x += bias (per channel) + residual, in place, the sum of both rounded once."""
-    added = 0.0 if residual is None else residual.float()
-    if bias is not None:
-        added = added + bias.float().view(-1, 1, 1, 1)
-    x_BCTHW.copy_(x_BCTHW.float() + added)
+def bias_residual(
+    x_BCTHW: Tensor, bias: Tensor | None, residual: Tensor | None, *, out: Tensor | None = None
+) -> Tensor:
+    """x + (bias per channel + residual), the sum of all rounded once, into out or in place."""
+    return (x_BCTHW if out is None else out).copy_(_sum_of(x_BCTHW, bias, residual))
+
+
+def _sum_of(x_BCTHW: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    added = 0.0 if bias is None else bias.float().view(-1, 1, 1, 1)
+    if residual is not None:
+        added = added + residual.float()
+    return (x_BCTHW.float() + added).to(x_BCTHW.dtype)

@@ -80,7 +80,7 @@ def test_activations_stay_channels_last() -> None:
     for layer in ours.decoder.modules():
         if isinstance(layer, CausalConv3d) and layer.num_past:
             layer.register_forward_hook(
-                lambda _, args, __: layouts.append(args[0].is_contiguous(memory_format=torch.channels_last_3d))
+                lambda _, args, __: layouts.append(args[0].x.is_contiguous(memory_format=torch.channels_last_3d))
             )
     ours.decode(torch.randn(1, 4, 9, 4, 4))
     assert sum(layouts) >= 0.9 * len(layouts)

@@ -54,11 +54,12 @@ def near(actual: Tensor, exact: Tensor, dtype: torch.dtype, *, roundings: int = 
 def same_but_for_ties(actual: Tensor, expected: Tensor) -> None:
     """Equal to plain torch's chain, but for elements that lie on a rounding boundary.
 
-    float16 keeps three bits more than bfloat16, so the last bits of a float32 sum decide eight times as often.
+    float16 keeps three bits more than bfloat16, so the last bits of a float32 sum decide eight times as often. A few ties
+    are no share of a few hundred elements, so two are always allowed.
     """
-    allowed = {torch.float32: 1.0, torch.bfloat16: 1e-3, torch.float16: 1e-2}
-    different = (actual != expected).double().mean()
-    assert different <= allowed[actual.dtype], f"{different:.2e}"
+    share = {torch.float32: 1.0, torch.bfloat16: 1e-3, torch.float16: 1e-2}[actual.dtype]
+    different = int((actual != expected).sum())
+    assert different <= max(2, share * actual.numel()), f"{different} of {actual.numel()}"
     torch.testing.assert_close(
         actual,
         expected,
@@ -365,7 +366,7 @@ def _channels_last(x: Tensor) -> Tensor:
 
 @each_device
 @each_dtype
-@pytest.mark.parametrize("channels", [96, 384, 8, 5])
+@pytest.mark.parametrize("channels", [96, 192, 384, 8, 5])
 @pytest.mark.parametrize("silu", [True, False])
 def test_channel_norm_silu(device, dtype, channels: int, silu: bool) -> None:
     x = _channels_last(rand(2, channels, 3, 4, 5, dtype=dtype, device=device))
@@ -390,19 +391,69 @@ def test_channel_norm_silu(device, dtype, channels: int, silu: bool) -> None:
     )
 
 
+ADDENDS = [(True, True), (False, True), (True, False)]
+
+
+def _addends(x: Tensor, given: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
+    """(bias, residual) for pictures, some of them missing."""
+    bias = rand(x.size(1), dtype=x.dtype, device=x.device, seed=1)
+    residual = _channels_last(rand(*x.shape, dtype=x.dtype, device=x.device, seed=2))
+    return (bias if given[0] else None), (residual if given[1] else None)
+
+
 @each_device
 @each_dtype
-@pytest.mark.parametrize("channels", [8, 3])
-def test_upsample_and_bias_residual(device, dtype, channels: int) -> None:
+@pytest.mark.parametrize("channels", [96, 192, 384, 8, 3])
+@pytest.mark.parametrize("given", ADDENDS)
+def test_upsample_and_bias_residual(device, dtype, channels: int, given: tuple[bool, bool]) -> None:
     x = _channels_last(rand(2, channels, 3, 4, 5, dtype=dtype, device=device))
+    before = x.clone()
+    bias, residual = _addends(x, given)
     assert torch.equal(native.upsample_nearest(x), reference.upsample_nearest(x))
-    bias = rand(channels, dtype=dtype, device=device, seed=1)
-    residual = _channels_last(rand(2, channels, 3, 4, 5, dtype=dtype, device=device, seed=2))
-    for given in ((bias, residual), (None, residual), (bias, None)):
-        ours, expected = x.clone(), x.clone()
-        native.bias_residual_(ours, *given)
-        reference.bias_residual_(expected, *given)
-        assert torch.equal(ours, expected)
+    expected = reference.bias_residual(x.clone(), bias, residual)
+    same_but_for_ties(native.upsample_nearest(x, bias=bias, residual=residual), reference.upsample_nearest(expected))
+    buffer = torch.full((2, 5, 4, 5, channels), POISON, dtype=dtype, device=device).permute(0, 4, 1, 2, 3)
+    ours = native.bias_residual(x, bias, residual, out=buffer[:, :, 2:])
+    same_but_for_ties(ours, expected)
+    assert buffer[:, :, :2].isnan().all(), "what lies before stays"
+    assert torch.equal(x, before)
+    in_place = x.clone()
+    assert native.bias_residual(in_place, bias, residual) is in_place
+    assert torch.equal(in_place, ours)
+
+
+@each_device
+@each_dtype
+@pytest.mark.parametrize("channels", [96, 192, 384, 8, 5])
+@pytest.mark.parametrize("given", ADDENDS)
+def test_the_norm_of_a_sum_is_that_of_the_sum_made_before(device, dtype, channels: int, given) -> None:
+    x = _channels_last(rand(2, channels, 2, 3, 7, dtype=dtype, device=device))
+    before, gamma = x.clone(), rand(channels, dtype=dtype, device=device, seed=3)
+    bias, residual = _addends(x, given)
+    total = native.bias_residual(x.clone(), bias, residual)
+    joined = native.channel_norm_silu(x, gamma, bias=bias, residual=residual)
+    # Two kernels may round a sum's last bit otherwise, and the CPU twin's lanes do.
+    torch.testing.assert_close(
+        joined, native.channel_norm_silu(total, gamma), rtol=3 * RELATIVE[dtype], atol=1e-5
+    )
+    assert torch.equal(x, before if residual is None else total)
+    same_but_for_ties(
+        native.channel_norm_silu(before.clone(), gamma, bias=bias, residual=residual, silu=False),
+        reference.channel_norm_silu(before.clone(), gamma, bias=bias, residual=residual, silu=False),
+    )
+
+
+@each_device
+def test_pictures_may_be_every_second_frame_and_half_the_channels(device) -> None:
+    """As the decoder enlarges what a temporal convolution made: halves of its channels are frames in turn."""
+    halves = _channels_last(rand(1, 2 * 96, 3, 2, 5, device=device))
+    bias = rand(2 * 96, device=device, seed=1)
+    out = torch.empty(1, 6, 4, 10, 96, device=device).permute(0, 4, 1, 2, 3)
+    for half in range(2):
+        part = slice(96 * half, 96 * (half + 1))
+        native.upsample_nearest(halves[:, part], bias=bias[part], out=out[:, :, half::2])
+    frames = (halves + bias.view(-1, 1, 1, 1)).unflatten(1, (2, 96)).permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
+    assert torch.equal(out, reference.upsample_nearest(frames))
 
 
 @each_device
@@ -489,10 +540,16 @@ def _opcheck_calls() -> dict[str, tuple]:
             True,
         ),
         "cfg_combine": (x, x.clone(), torch.empty_like(x), torch.empty(1, 64, 2, dtype=torch.float64), 3.0),
-        "channel_norm_silu": (pictures, rand(8), torch.empty_like(pictures), True),
-        "upsample_nearest": (pictures, doubled),
-        "bias_residual": (pictures, rand(8), pictures.clone()),
+        "channel_norm_silu": (pictures, rand(8), rand(8), pictures.clone(), torch.empty_like(pictures), True),
+        "upsample_nearest": (pictures, rand(8), pictures.clone(), doubled),
+        "bias_residual": (pictures, rand(8), pictures.clone(), torch.empty_like(pictures)),
         "quantize_rows": (x, torch.empty(1, 4, 96, dtype=torch.uint8), torch.empty(4), True),
+        "quantize_heads": (
+            *(heads := [rand(1, 4, 2, 8, seed=seed) for seed in range(3)]),
+            *(part.to(torch.uint8) for part in heads),
+            *(torch.empty(1, 2) for _ in heads),
+            torch.empty(3 * 2 * 128),
+        ),
     }
 
 

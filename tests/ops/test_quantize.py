@@ -122,3 +122,49 @@ def test_norms_write_what_rounding_their_result_gives(device, dtype, width: int,
 def test_what_does_not_fit_is_refused(arguments: tuple, message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
         native._ops.quantize_rows(*arguments, False)
+
+
+def _heads_case(dtype: torch.dtype, device: str, heads: int, head_dim: int) -> list[torch.Tensor]:
+    """q, k and v as views of one product, with fewer queries than keys, heads of very different sizes."""
+    qkv = rand(2, 300, 3, heads, head_dim, device=device) * torch.logspace(-3, 3, heads, device=device)[:, None]
+    q, k, v = qkv.to(dtype).unbind(2)
+    return [q[:, 17:], k, v]
+
+
+@each_device
+@each_dtype
+@pytest.mark.parametrize(("heads", "head_dim"), [(40, 128), (3, 64), (2, 12), (3, 5)])
+def test_heads_are_rounded_as_plain_torch_does(device, dtype, heads: int, head_dim: int) -> None:
+    operands = _heads_case(dtype, device, heads, head_dim)
+    values, scales = native.quantize_heads(*operands)
+    expected, expected_scales = reference.quantize_heads(*operands)
+    for x, value, scale, *pair in zip(operands, values, scales, expected, expected_scales, strict=True):
+        assert value.shape == x.shape
+        assert value.is_contiguous()
+        assert torch.equal(value.view(torch.uint8), pair[0].view(torch.uint8))
+        assert torch.equal(scale, pair[1])
+        error = (value.float() * scale[:, None, :, None] - x.float()).abs()
+        assert (error <= x.float().abs() / 16 + scale[:, None, :, None] * 2**-9).all(), "three bits of mantissa"
+
+
+@each_device
+def test_a_nan_is_its_heads_alone_and_few_rows_are_enough(device) -> None:
+    q, k, v = _heads_case(torch.bfloat16, device, 3, 128)
+    k[1, 3, 2, 7] = float("nan")
+    (q8, k8, v8), scales = native.quantize_heads(q[:, :1], k, v[:, :130])
+    assert k8[1, :, 2].float().isnan().all()
+    assert k8.float().isnan().sum() == k.size(1) * 128
+    assert not (q8.float().isnan().any() or v8.float().isnan().any())
+    assert scales[0].shape == (2, 3)
+
+
+def test_heads_that_do_not_fit_are_refused() -> None:
+    x = torch.zeros(1, 4, 2, 8)
+    out, scale = torch.zeros(1, 4, 2, 8, dtype=torch.uint8), torch.zeros(1, 2)
+    call = torch.ops.helios.quantize_heads
+    with pytest.raises(RuntimeError, match="batch, heads and head size of q"):
+        call(x, x[:, :, :1], x, out, out, out, scale, scale, scale, torch.zeros(768))
+    with pytest.raises(RuntimeError, match="workspace must hold 768"):
+        call(x, x, x, out, out, out, scale, scale, scale, torch.zeros(7))
+    with pytest.raises(RuntimeError, match="heads lie side by side"):
+        call(x, x.transpose(1, 2).contiguous().transpose(1, 2), x, out, out, out, scale, scale, scale, torch.zeros(768))

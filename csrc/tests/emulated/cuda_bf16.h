@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "pairs.h"
+
 struct __nv_bfloat16 {
   std::uint16_t bits;
 };
@@ -22,3 +24,13 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
   std::memcpy(&wide, &x, sizeof wide);
   return {static_cast<std::uint16_t>((wide + 0x7fff + (wide >> 16 & 1)) >> 16)};
 }
+
+struct __nv_bfloat162 {
+  __nv_bfloat16 x, y;
+};
+
+inline __nv_bfloat162 __floats2bfloat162_rn(float low, float high) {
+  return {__float2bfloat16_rn(low), __float2bfloat16_rn(high)};
+}
+
+HELIOS_EMULATE_PAIRS(__nv_bfloat162, __bfloat162float, __float2bfloat16_rn)

@@ -44,6 +44,10 @@ void __syncwarp(unsigned mask = 0xffffffffu);
 float __shfl_xor_sync(unsigned mask, float value, int lanes);
 
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
+inline float __frsqrt_rn(float x) {
+  return static_cast<float>(1.0 / std::sqrt(static_cast<double>(x)));
+}
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 using std::isinf;
 using std::max;
 using std::min;

@@ -9,6 +9,7 @@
 #include "../../kernels/patchify.h"
 #include "../../kernels/qk_rmsnorm_rope.h"
 #include "../../kernels/quantize.h"
+#include "../../kernels/quantize_heads.h"
 #include "../../kernels/residual_gate_norm.h"
 #include "../../kernels/vae.h"
 
@@ -37,5 +38,6 @@ HELIOS_EMULATE(channel_norm_silu, ChannelNormSilu)
 HELIOS_EMULATE(upsample_nearest, UpsampleNearest)
 HELIOS_EMULATE(bias_residual, BiasResidual)
 HELIOS_EMULATE(quantize_rows, QuantizeRows)
+HELIOS_EMULATE(quantize_heads, QuantizeHeads)
 
 }  // namespace helios

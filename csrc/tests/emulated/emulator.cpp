@@ -124,17 +124,18 @@ namespace emulated {
 cudaError_t run_grid(const cudaLaunchConfig_t& config, const std::function<void()>& thread) {
   static std::mutex one_grid;
   const std::lock_guard<std::mutex> lock(one_grid);
-  if (config.blockDim.x == 0 || config.blockDim.x > kMaxThreads || config.gridDim.x == 0) {
+  if (config.blockDim.x == 0 || config.blockDim.x > kMaxThreads || config.gridDim.x == 0 ||
+      config.gridDim.y == 0) {
     last_error = cudaErrorInvalidConfiguration;
     return last_error;
   }
   body = &thread;
   blockDim = config.blockDim, gridDim = config.gridDim;
-  std::vector<unsigned> order(gridDim.x);
+  std::vector<unsigned> order(gridDim.x * gridDim.y);
   std::iota(order.begin(), order.end(), 0u);
   std::shuffle(order.begin(), order.end(), order_generator);
   for (const unsigned block : order) {
-    blockIdx = dim3(block, 0, 0);
+    blockIdx = dim3(block % gridDim.x, block / gridDim.x, 0);
     run_block();
   }
   return cudaSuccess;
