@@ -139,6 +139,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="OUT.png",
         help="no times: draw where the time of the second chunk goes, and print the sums",
     )
+    bench.add_argument(
+        "--trace",
+        action="store_true",
+        help="no times, no weights, no GPU: launches and bytes of a forward and a decode as a GPU would run them",
+    )
     _add_num_gpus(bench)
     _add_fields(bench, VideoRequest, "video")
     _add_fields(bench, EngineConfig, "engine")

@@ -116,7 +116,7 @@ def _stage(
         transformer,
         make_solver(scheduler, schedule, start, transformer.config.patch_size),
         times=transformer.embed.times(shown),
-        context=job.context,
+        context=transformer.with_room(job.context, start),
         guidance=Guidance(recipe.guidance_scale, recipe.cfg_zero_star) if job.plan.is_guided else None,
         reuse=reuse,
         prompt_lengths=job.prompt_lengths,

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from helios_engine.config import ModelConfig
@@ -116,20 +115,16 @@ class Block(nn.Module):
         num_history: int,
         first_query: int = 0,
         heads: tuple[int, ...] | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """Normalised, rotated q, k and plain v of normed rows, side by side: [B, L, 3 D].
+        """Normalised, rotated q, k and plain v of normed rows, side by side: [B, L, 3 D], in out where it is given.
 
-        Queries of the rows before first_query are left unset. heads asks for the flat send buffer of a head exchange
-        instead (ops.qk_rms_norm_rope_pack).
+        Queries of the rows before first_query are neither normalised nor rotated: nobody reads them. heads asks for the
+        flat send buffer of a head exchange instead (ops.qk_rms_norm_rope_pack).
         """
         self._need("qkv")
-        if first_query:
-            dim = h_BLD.shape[-1]
-            qkv = self.norm_q.new_empty(*h_BLD.shape[:2], 3 * dim)
-            qkv[:, :first_query, dim:] = self._linear(self.qkv, h_BLD[:, :first_query], start=dim)
-            qkv[:, first_query:] = self._linear(self.qkv, h_BLD[:, first_query:])
-        else:
-            qkv = self._linear(self.qkv, h_BLD)
+        # One product for all rows: leaving out the queries that nobody reads takes two, and a copy to join them.
+        qkv = self._linear(self.qkv, h_BLD, out=out)
         rows = (qkv, self.norm_q, self.norm_k, rotation_LK2)
         scale = self.history_scale()
         if heads is not None:
@@ -243,18 +238,17 @@ class Block(nn.Module):
         return EightBitRows.empty_like(x_BLD) if isinstance(self.qkv, Fp8Linear) else None
 
     def _linear(
-        self, layer: nn.Linear | Fp8Linear, x: Normed, *, start: int = 0, gelu: bool = False
+        self, layer: nn.Linear | Fp8Linear, x: Normed, *, gelu: bool = False, out: Tensor | None = None
     ) -> Tensor | EightBitRows:
-        """A layer's outputs from start on; through tanh-GELU where that is wanted, and then as the next layer reads them."""
+        """A layer's result, in out where it is given; or through tanh-GELU, and then as the next layer reads it."""
         if isinstance(layer, Fp8Linear):
-            rows = layer(x, start)
+            rows = layer(x, out)
             return ops.quantize_rows(rows, gelu=True) if gelu else rows
-        if self.gemms is None and not (start or gelu):
-            return layer(x)
-        weight, bias = layer.weight[start:], layer.bias[start:]
         if self.gemms is not None:
-            return self.gemms(x, weight, bias, gelu=gelu)
-        return ops.linear_gelu(x, weight, bias) if gelu else F.linear(x, weight, bias)
+            return self.gemms(x, layer.weight, layer.bias, gelu=gelu, out=out)
+        if out is not None:
+            return ops.linear(x, layer.weight, layer.bias, out=out)
+        return ops.linear_gelu(x, layer.weight, layer.bias) if gelu else layer(x)
 
     def to_fp8_(self) -> None:
         """Keep the large weights in 8 bits, but for the text's keys and values, which are made once."""

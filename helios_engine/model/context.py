@@ -42,7 +42,9 @@ class ChunkContext:
     total_history: int  # tokens over all ranks
     history_BlD: Tensor | None  # tokens before the first block
     history_rotation: Tensor | None  # [l, K/2, 2]
-    first_qkv: Tensor | None  # the first block's q, k, v of the history rows; None where they depend on the timestep
+    # The first block's q, k, v of the history rows [B, l, 3 D], None where they depend on the timestep; with room for the
+    # noisy rows behind them once a stage has begun (Transformer.with_room).
+    first_qkv: Tensor | None
     texts: tuple[TextContext, ...]  # the prompts this rank computes
 
     @property

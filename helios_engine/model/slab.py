@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from helios_engine.ops import native as ops
 from helios_engine.parallel.context import ContextParallel
 from helios_engine.parallel.layout import shares, starts
 
@@ -92,7 +93,7 @@ def convolve_rows(conv: torch.nn.Conv2d, frames: Tensor, slab: Slab | None) -> t
 
     cuDNN would add the bias in a pass of its own.
     """
-    bias, left = (None, conv.bias) if frames.device.type == "cuda" else (conv.bias, None)
+    bias, left = (None, conv.bias) if ops.is_gpu(frames.device) else (conv.bias, None)
     if slab is None:
         return F.conv2d(frames, conv.weight, bias, padding=conv.padding), left
     return F.conv2d(slab.with_neighbours(frames), conv.weight, bias, padding=(0, 1)), left

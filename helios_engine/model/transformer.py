@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -173,6 +173,25 @@ class Transformer(nn.Module):
             first_qkv = block.project(normed, rotation, num_history=num_history)
         return ChunkContext(total, history_BlD, rotation, first_qkv, texts)
 
+    def with_room(self, context: ChunkContext, latents_BCTHW: Tensor) -> ChunkContext:
+        """The same context with room behind the first block's q, k, v of the history, for those of latents of this size.
+
+        Every step then computes its own rows where they are read, and copies nothing.
+        """
+        if context.first_qkv is None:
+            return context
+        own = self._layout(context.total_history, self._num_tokens(latents_BCTHW)).noisy[self.parallel.sequence_rank]
+        batch, _, width = context.first_qkv.shape
+        if context.first_qkv.size(1) == context.num_history + own:
+            return context
+        room = context.first_qkv.new_empty(batch, context.num_history + own, width)
+        room[:, : context.num_history] = context.first_qkv[:, : context.num_history]
+        return replace(context, first_qkv=room)
+
+    def _num_tokens(self, latents_BCTHW: Tensor) -> int:
+        frames, rows, columns = latents_BCTHW.shape[2:]
+        return frames * (rows // 2) * (columns // 2)
+
     def forward(
         self, latents_BCTHW: Tensor, timestep: float, context: ChunkContext, reuse: Reuse | None = None
     ) -> tuple[Tensor, ...]:
@@ -191,8 +210,8 @@ class Transformer(nn.Module):
         step_rows = self._step_rows(time)
         if reuse is not None and reuse.uses_history:
             context = ChunkContext(0, None, None, None, context.texts)
-        grid = (latents_BCTHW.size(-2) // 2, latents_BCTHW.size(-1) // 2)
-        layout = self._layout(context.total_history, latents_BCTHW.size(2) * grid[0] * grid[1])
+        context = self.with_room(context, latents_BCTHW)
+        layout = self._layout(context.total_history, self._num_tokens(latents_BCTHW))
         own = layout.noisy_slice(self.parallel.sequence_rank)
         num_history = context.num_history
         rotation = self.chunk_table(latents_BCTHW)[own]
@@ -295,9 +314,8 @@ class Transformer(nn.Module):
         noisy_only = index == len(self.blocks) - 1
         sequence, layout = self._sequence_attention, work.layout
         if index == 0 and context.first_qkv is not None:
-            noisy = block.normed(x_BlD[:, num_history:], rows, num_history=0)
-            noisy = block.project(noisy, work.rotation[num_history:], num_history=0)
-            qkv = torch.cat([context.first_qkv, noisy], dim=1)
+            noisy, qkv = block.normed(x_BlD[:, num_history:], rows, num_history=0), context.first_qkv
+            block.project(noisy, work.rotation[num_history:], num_history=0, out=qkv[:, num_history:])
         else:
             if h_BlD is None:
                 h_BlD = block.normed(x_BlD, rows, num_history=num_history)
@@ -332,7 +350,7 @@ class Transformer(nn.Module):
                 self._history_rows = self.modulation + self.embed.time(0.0).rows.float()
             history_rows = self._history_rows
         rows = torch.stack([history_rows, noisy_rows], dim=2)  # [layers, 6, 2, D]
-        rows[:, 1::3] += 1
+        rows[:, 1::3].add_(1)  # += would copy the rows to themselves afterwards
         bias, scale = self.output_modulation + time.embedding.float()
         return StepRows(rows, torch.stack([1 + scale, bias]))
 

@@ -50,15 +50,16 @@ class Fp8Linear(nn.Module):
         self.scale_F = nn.Parameter(rows.scale.view(-1), requires_grad=False)
         self.bias = linear.bias
 
-    def forward(self, x: Tensor | EightBitRows, start: int = 0) -> Tensor:
-        """x weight^T + bias for rows [B, L, D], in the bias's dtype; start leaves out the first outputs."""
-        weight_FD, scale_F, bias = self.weight_FD[start:], self.scale_F[start:], self.bias[start:]
+    def forward(self, x: Tensor | EightBitRows, out: Tensor | None = None) -> Tensor:
+        """x weight^T + bias for rows [B, L, D], in the bias's dtype; out may be some rows of a larger tensor."""
+        weight_FD, scale_F, bias = self.weight_FD, self.scale_F, self.bias
         rows = x if isinstance(x, EightBitRows) else ops.quantize_rows(x)
         values, scale_M1 = rows.values.flatten(0, 1), rows.scale.flatten(0, 1)
-        if scale_M1.data_ptr() % 16:  # some rows of a buffer; libraries want whole vectors
+        if not scale_M1.is_meta and scale_M1.data_ptr() % 16:  # some rows of a buffer; libraries want whole vectors
             scale_M1 = scale_M1.clone()
-        if values.is_cuda:
-            out = torch._scaled_mm(
+        in_place = {"out": out[0]} if out is not None and rows.shape[0] == 1 and ops.is_gpu(values.device) else {}
+        if ops.is_gpu(values.device):
+            result = torch._scaled_mm(
                 values,
                 weight_FD.t(),
                 scale_a=scale_M1,
@@ -66,8 +67,12 @@ class Fp8Linear(nn.Module):
                 bias=bias,
                 out_dtype=bias.dtype,
                 use_fast_accum=True,
+                **in_place,
             )
         else:
             exact = (values.float() * scale_M1) @ (weight_FD.float() * scale_F[:, None]).t()
-            out = (exact + bias.float()).to(bias.dtype)
-        return out.view(*rows.shape[:-1], weight_FD.size(0))
+            result = (exact + bias.float()).to(bias.dtype)
+        if in_place:
+            return out
+        result = result.view(*rows.shape[:-1], weight_FD.size(0))
+        return result if out is None else out.copy_(result)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from helios_engine.ops import native
@@ -78,20 +77,27 @@ class TunedGemms:
         self._products: dict[Shape, tuple[Product, Algorithm] | None] = {}
         self._workspaces: dict[tuple[torch.device, int], Tensor] = {}
 
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor, *, gelu: bool = False) -> Tensor:
-        """[..., columns] for x [..., inner], through tanh-GELU where that is wanted; as ops.linear_gelu rounds."""
+    def __call__(
+        self, x: Tensor, weight: Tensor, bias: Tensor, *, gelu: bool = False, out: Tensor | None = None
+    ) -> Tensor:
+        """[..., columns] for x [..., inner], through tanh-GELU where that is wanted; as ops.linear_gelu rounds.
+
+        out takes the result without GELU.
+        """
+        if out is not None and not (out.is_contiguous() and out.data_ptr() % ALIGNMENT == 0):
+            return native.linear(x, weight, bias, out=out)
         shape = _shape_of(x, weight, bias, gelu)
         if shape is None:
-            return _own(x, weight, bias, gelu)
+            return _own(x, weight, bias, gelu, out)
         with self._bench.on(x.device):
             if shape not in self._products:
                 if self._bench.is_recording():
-                    return _own(x, weight, bias, gelu)
+                    return _own(x, weight, bias, gelu, out)
                 self._products[shape] = self._chosen(shape, x, weight, bias)
             found = self._products[shape]
             if found is None or not self._has_workspace(found[1], x):
-                return _own(x, weight, bias, gelu)
-            return self._run(*found, shape, x, weight, bias)
+                return _own(x, weight, bias, gelu, out)
+            return self._run(*found, shape, x, weight, bias, out)
 
     @property
     def choices(self) -> Known:
@@ -110,9 +116,17 @@ class TunedGemms:
                 logger.warning("cuBLASLt could not be closed: %s", error)
 
     def _run(
-        self, product: Product, algorithm: Algorithm, shape: Shape, x: Tensor, weight: Tensor, bias: Tensor
+        self,
+        product: Product,
+        algorithm: Algorithm,
+        shape: Shape,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        out: Tensor | None = None,
     ) -> Tensor:
-        out = x.new_empty(*x.shape[:-1], shape.columns)
+        if out is None:
+            out = x.new_empty(*x.shape[:-1], shape.columns)
         stream, workspace = self._bench.stream(x.device), (0, 0)
         if algorithm.workspace:
             workspace = (self._workspaces[x.device, stream].data_ptr(), _WORKSPACE)
@@ -188,8 +202,8 @@ class TunedGemms:
         return best[1]
 
 
-def _own(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool) -> Tensor:
-    return native.linear_gelu(x, weight, bias) if gelu else F.linear(x, weight, bias)
+def _own(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool, out: Tensor | None = None) -> Tensor:
+    return native.linear_gelu(x, weight, bias) if gelu else native.linear(x, weight, bias, out=out)
 
 
 def _shape_of(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool) -> Shape | None:

@@ -95,9 +95,14 @@ def _run(name: str, *arguments: object, **named: object) -> None:
         getattr(_ops, name)(*arguments, **named)
 
 
+def is_gpu(device: torch.device) -> bool:
+    """True on a GPU, and on the meta device, which goes its way: what a GPU would launch can be traced without one."""
+    return device.type in ("cuda", "meta")
+
+
 def serves(device: torch.device) -> bool:
     """True where the compiled operators run on this device."""
-    return not WHY_NOT and (device.type == "cpu" or (device.type == "cuda" and _serves_gpu(device.index)))
+    return not WHY_NOT and (device.type in ("cpu", "meta") or (device.type == "cuda" and _serves_gpu(device.index)))
 
 
 def runs_native(x: Tensor) -> bool:
@@ -266,10 +271,20 @@ def unpack_heads(received: Tensor, shape: tuple[int, int, int, int], heads: Sequ
     return out
 
 
+def linear(x_BLD: Tensor, weight: Tensor, bias: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """x weight^T + bias, [B, L, D] -> [B, L, F]; out may be some rows of a larger tensor."""
+    if out is None:
+        return F.linear(x_BLD, weight, bias)
+    if x_BLD.size(0) == 1:
+        torch.addmm(bias, x_BLD[0], weight.t(), out=out[0])
+        return out
+    return out.copy_(F.linear(x_BLD, weight, bias))
+
+
 def linear_gelu(x_BLD: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """See reference.linear_gelu. On a GPU bias and tanh-GELU go into the product's epilogue: one rounding less."""
     sixteen_bits = x_BLD.dtype in (torch.bfloat16, torch.float16)
-    if x_BLD.is_cuda and sixteen_bits and epilogue_is_tanh(x_BLD.device):
+    if is_gpu(x_BLD.device) and sixteen_bits and epilogue_is_tanh(x_BLD.device):
         rows = torch._addmm_activation(bias, x_BLD.reshape(-1, x_BLD.size(-1)), weight.t(), use_gelu=True)
         return rows.view(*x_BLD.shape[:-1], -1)
     return reference.linear_gelu(x_BLD, weight, bias)
@@ -286,6 +301,8 @@ def epilogue_is_tanh(device: torch.device) -> bool:
 
 @functools.cache
 def _ask_for_tanh(device: torch.device) -> bool:
+    if device.type == "meta":
+        return True
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 12:
         return False
     x = torch.linspace(-4, 4, 64, device=device).view(8, 8)

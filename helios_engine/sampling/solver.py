@@ -63,6 +63,7 @@ class Solver:
 
 def make_solver(config: SchedulerConfig, schedule: StageSchedule, start: Tensor, patch: tuple[int, int, int]) -> Solver:
     """A fresh solver for one stage of one chunk; start is the stage's first latents, patch the size of an output row's patch."""
+    start = start.contiguous()  # clones keep other strides, which the compiled steps do not take
     if config.scheduler_type == "dmd":
         latents, rows, carried = start.clone(), _dmd_coefficients(schedule), (start.clone(),)
     elif config.scheduler_type == "euler":

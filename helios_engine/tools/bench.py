@@ -68,12 +68,14 @@ def run(options: Namespace, meeting: launch.Meeting) -> int:
         parallel = ParallelConfig(**fields_of(options, ParallelConfig))
         _, plan = plan_request(options.model, request, config)
         check_ranks(options.num_gpus, parallel, config, guided=plan.is_guided)
-        if not options.bytes:
+        if not (options.bytes or options.trace):
             _check_length(request)
         if options.timeline is not None and not options.timeline.endswith(".png"):
             raise ValueError(f"timeline {options.timeline} must end in .png")
-        if options.timeline is not None and options.bytes:
-            raise ValueError("bytes and timeline are two questions; ask one at a time")
+        if (options.timeline is not None) + options.bytes + options.trace > 1:
+            raise ValueError("bytes, timeline and trace are questions of their own; ask one at a time")
+        if options.trace and max(options.num_gpus, launch.world_size()) > 1:
+            raise ValueError(f"trace is of one rank, got num-gpus {options.num_gpus}; leave it out")
         if options.timeline is not None:
             config = with_single_operators(config)
         if options.num_gpus == 1 or launch.world_size() > 1:
@@ -83,6 +85,9 @@ def run(options: Namespace, meeting: launch.Meeting) -> int:
     request, config, parallel, is_guided = meeting.agreed(
         prepare, lambda found: {"device": found[1].device.partition(":")[0]}
     )
+    if options.trace:
+        print(json.dumps(trace(options.model, request, config), indent=2))
+        return 0
     if options.num_gpus > 1 and launch.world_size() == 1:
         return launch.start_ranks(options.num_gpus, options.arguments)
     context = meeting.start(parallel, device=config.device, guided=is_guided)
@@ -102,6 +107,25 @@ def run(options: Namespace, meeting: launch.Meeting) -> int:
         if not (context.is_broken or context.is_interrupted):
             launch.stop()
     return 0
+
+
+def trace(model: str, request: VideoRequest, config: EngineConfig) -> dict[str, object]:
+    """Launches and bytes of a forward of each stage and of a decode, from the checkpoint's configuration alone."""
+    from helios_engine.tools.launches import trace_checkpoint
+
+    checkpoint, plan = plan_request(model, request, config)
+    dtype = torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype)
+    return {
+        "model": checkpoint.name,
+        "size": f"{plan.height}x{plan.width}",
+        **trace_checkpoint(
+            checkpoint.model,
+            checkpoint.vae,
+            plan.stage_sizes,
+            dtype=dtype,
+            vae_dtype=getattr(torch, config.vae_dtype),
+        ),
+    }
 
 
 @torch.no_grad()
