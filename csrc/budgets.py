@@ -55,9 +55,7 @@ def row_cases() -> list[Case]:
             Case(f"qk_rmsnorm_rope {name}", f"{rope}0", 4, once, 4 * row, 60, (plain, plain)),
             Case(f"qk_rmsnorm_rope {name}, amplified keys", f"{rope}0", 4, once, 4 * row, 60, (plain, None)),
             Case(f"qk_rmsnorm_rope_pack {name}", f"{rope}1", 4, once, 6 * row, 60, (plain, plain, value)),
-            Case(
-                f"quantize_rows {name}", f"quantize_registersI{mangled}Lb0ELi4E", 4, once, row + WIDTH, 40
-            ),
+            Case(f"quantize_rows {name}", f"quantize_registersI{mangled}Lb0ELi4E", 4, once, row + WIDTH, 40),
             Case(
                 f"quantize_rows {name}, GELU",
                 f"quantize_registersI{mangled}Lb1ELi9E",
@@ -102,7 +100,9 @@ def picture_cases() -> list[Case]:
             pixels = 256 // (channels // vector)
             line, turns = columns * channels * size, (1, 1, math.ceil(columns / pixels))
             cases.append(Case(f"bias_residual {name} {channels}", f"add_linesI{mangled}E", 8, turns, 3 * line, 40))
-            cases.append(Case(f"upsample_nearest {name} {channels}", f"upsample_linesI{mangled}Lb0E", 8, turns, 5 * line, 40))
+            cases.append(
+                Case(f"upsample_nearest {name} {channels}", f"upsample_linesI{mangled}Lb0E", 8, turns, 5 * line, 40)
+            )
             label = f"upsample_nearest {name} {channels} + bias + residual"
             cases.append(Case(label, f"upsample_linesI{mangled}Lb1E", 8, turns, 6 * line, 40))
     return cases

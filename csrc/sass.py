@@ -8,6 +8,7 @@ are not followed. So the count is an upper bound of what a warp issues.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -52,7 +53,7 @@ def parse(code: str) -> list[Instruction]:
 
 def blocks_of(instructions: list[Instruction]) -> dict[int, Block]:
     """Basic blocks by their first address."""
-    following = {a.address: b.address for a, b in zip(instructions, instructions[1:], strict=False)}
+    following = {a.address: b.address for a, b in itertools.pairwise(instructions)}
     leaders = {instructions[0].address}
     for one in instructions:
         if one.target is not None:
@@ -121,11 +122,7 @@ def count(code: str, turns: Sequence[float], *, without: str | None = None) -> f
         for (_, body), times in zip(loops.items(), turns, strict=True):
             weight *= times if address in body else 1
         weights[address] = weight
-    barred = {
-        address
-        for address, block in blocks.items()
-        if any(one.opcode == without for one in block.instructions)
-    }
+    barred = {address for address, block in blocks.items() if any(one.opcode == without for one in block.instructions)}
     longest: dict[int, float] = {}
 
     def longest_from(address: int) -> float:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from helios_engine.model.weights import open_safetensors, save_safetensors
+from helios_engine.optional import require
 from helios_engine.request import ChunkTiming, VideoChunk, VideoRequest
 from helios_engine.trace import span
 
@@ -56,11 +57,7 @@ def check_output(path: str | Path, encoder: str = DEFAULT_ENCODER, *, height: in
 
 def _check_encoder(name: str, height: int, width: int) -> None:
     """Open the encoder for real: hardware ones are listed on machines that cannot run them."""
-    try:
-        import av
-    except ImportError as error:
-        raise ValueError(f"writing .mp4 needs PyAV ({error}); pip install av, or name a .npy file") from None
-
+    av = require("av", "writing .mp4 (a .npy file does without)")
     try:
         codec = av.codec.Codec(name, "w")
     except av.codec.codec.UnknownCodecError:
@@ -161,8 +158,7 @@ class Mp4Writer(_FileWriter):
         self._stream = None
 
     def _append(self, chunk: VideoChunk) -> None:
-        import av
-
+        av = require("av", "writing .mp4")
         frames = frames_uint8(chunk)
         if self._container is None:
             self._open(height=frames.shape[1], width=frames.shape[2])
@@ -171,8 +167,7 @@ class Mp4Writer(_FileWriter):
             self._container.mux(self._stream.encode(picture))
 
     def _open(self, *, height: int, width: int) -> None:
-        import av
-
+        av = require("av", "writing .mp4")
         self._container = av.open(str(self.temporary), "w", format="mp4", options={"movflags": "faststart"})
         self._container.metadata["comment"] = self._metadata
         self._stream = self._container.add_stream(self._encoder, rate=self._fps)
@@ -313,8 +308,7 @@ def concatenate(parts: Sequence[Path], path: str | Path, *, metadata: Mapping[st
 
 def _join_mp4(parts: Sequence[Path], target: Path, metadata: str) -> None:
     """Copy packets. Each part was an encoder's whole run, so it starts with a key frame and refers to no other part."""
-    import av
-
+    av = require("av", "writing .mp4")
     with av.open(str(target), "w", format="mp4", options={"movflags": "faststart"}) as output:
         output.metadata["comment"] = metadata
         stream, start = None, 0

@@ -1,17 +1,20 @@
 """Named ranges for profilers: in Nsight's NVTX domain "helios", and in torch's own profiler while one runs.
 
-HELIOS_NVTX=0 leaves NVTX out altogether. Without a profiler attached a range costs about half a microsecond; the nvtx
-package is imported at the first range.
+HELIOS_NVTX=0 leaves NVTX out altogether, and so does a missing nvtx package. Without a profiler attached a range costs about
+half a microsecond; the package is imported at the first range.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 from contextlib import AbstractContextManager
 
 import torch
+
+logger = logging.getLogger(__name__)
 
 ENABLED = os.environ.get("HELIOS_NVTX", "1") != "0"
 _NOTHING = contextlib.nullcontext()
@@ -20,8 +23,12 @@ _CHUNKS_NAMED = 64  # an endless video must not make names without end
 
 @functools.cache
 def _domain():
-    import nvtx
-
+    """NVTX's domain "helios", or None where the package is missing, which is said once."""
+    try:
+        import nvtx
+    except ImportError as error:
+        logger.info("no NVTX ranges: %s; pip install nvtx", error)
+        return None
     return nvtx.get_domain("helios")
 
 
@@ -42,8 +49,8 @@ class _Range:
 
 
 @functools.cache
-def _range(name: str) -> _Range:
-    return _Range(name)
+def _range(name: str) -> AbstractContextManager[None]:
+    return _NOTHING if _domain() is None else _Range(name)
 
 
 def span(name: str) -> AbstractContextManager[None]:

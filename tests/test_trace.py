@@ -85,6 +85,19 @@ def test_the_real_package_works() -> None:
     assert isinstance(trace.span("chunk"), trace._Range)
 
 
+def test_without_the_package_there_are_no_ranges(monkeypatch, caplog) -> None:
+    trace._range.cache_clear()
+    trace._domain.cache_clear()
+    monkeypatch.setitem(sys.modules, "nvtx", None)
+    with caplog.at_level("INFO"):
+        for name in ("chunk", "stage", "chunk"):
+            with trace.span(name) as entered:
+                assert entered is None
+    assert [record.levelname for record in caplog.records if "pip install nvtx" in record.message] == ["INFO"]
+    trace._range.cache_clear()
+    trace._domain.cache_clear()
+
+
 def test_one_switch_turns_them_off() -> None:
     code = "import sys; from helios_engine import trace; s = trace.span('x'); print(type(s).__name__, 'nvtx' in sys.modules)"
     for value, expected in (("0", "nullcontext False"), ("1", "_Range True")):

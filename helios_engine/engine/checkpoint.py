@@ -13,6 +13,7 @@ from helios_engine.model.text import TextEncoder
 from helios_engine.model.transformer import Transformer
 from helios_engine.model.vae import VideoAutoencoder
 from helios_engine.model.weights import check_slots, load_slots, transformer_name
+from helios_engine.optional import require
 
 COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 _CLASSES = {
@@ -143,7 +144,7 @@ def _locate(path_or_id: str, revision: str | None) -> Path:
 
 def _download(hub_id: str, revision: str | None) -> Path:
     """Fetch the inference components alone: the training folders would double the size."""
-    import huggingface_hub
+    huggingface_hub = require("huggingface_hub", f"fetching {hub_id} from the hub")
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     patterns = ["model_index.json", *(f"{component}/*" for component in COMPONENTS)]

@@ -26,8 +26,8 @@ def checked_checkpoint(
     path_or_id: str | Path, config: EngineConfig, context: ContextParallel
 ) -> tuple[Checkpoint, str]:
     """The checkpoint and the attention backend, files and settings checked before anything large is read."""
-    native.check()
     device, dtype = resolve_device(config.device), resolve_dtype(config)
+    native.check(device)
     checkpoint = Checkpoint.open(path_or_id, config.revision)
     model = checkpoint.model
     attention = choose_attention(

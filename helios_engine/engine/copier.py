@@ -26,7 +26,7 @@ class StreamCopier:
     """See model.offload.Copier. Mapped files are not pinned, so their bytes pass through a small ring of pinned buffers.
 
     The thread touches the files' pages, so what the disk has to deliver does not hold up the computing thread either.
-    api is what torch.cuda offers: Stream, Event, stream, current_stream.
+    api is what torch.cuda offers: Stream, Event, stream, current_stream, set_device.
     """
 
     def __init__(
@@ -75,6 +75,8 @@ class StreamCopier:
         self._buffers = []
 
     def _run(self) -> None:
+        # A thread begins on GPU 0 and would open a context there, half a gigabyte for every rank of another GPU.
+        self._api.set_device(self._device)
         while (item := self._work.get()) is not None:
             self._fill(*item)
             del item  # or this thread would hold the slot's memory while it waits for the next

@@ -140,7 +140,9 @@ def decode_bytes(
     per_frame = _SHARDED_UNITS_PER_FRAME if sharded else _UNITS_PER_FRAME
     if not ops.serves(device):
         per_frame = max(per_frame, _PLAIN_UNITS_PER_FRAME[size])
-    pixels = FRAMES_PER_CHUNK * vae.config.out_channels * latent_size[0] * latent_size[1] * 64 * size  # all of the chunk's
+    pixels = (
+        FRAMES_PER_CHUNK * vae.config.out_channels * latent_size[0] * latent_size[1] * 64 * size
+    )  # all of the chunk's
     return int(unit * (per_frame * num_latent_frames + _UNITS_FIXED)) + pixels
 
 

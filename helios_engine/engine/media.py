@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from helios_engine.config import LATENT_FRAMES_PER_CHUNK, NUM_HISTORY_FRAMES
+from helios_engine.optional import require
 from helios_engine.request import FRAMES_PER_CHUNK
 
 # 33-frame pieces that reach into the 19-frame history.
@@ -77,6 +78,7 @@ def load_video(video: object, *, height: int, width: int) -> Clip:
 
 
 def _read_image(path: Path) -> object:
+    require("PIL", "reading pictures", "pillow")
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
@@ -90,8 +92,7 @@ def _read_image(path: Path) -> object:
 
 
 def _read_video(path: Path) -> Iterator[object]:
-    import av
-
+    av = require("av", "reading videos")
     if not path.is_file():
         raise ValueError(f"video {path} does not exist")
     try:
@@ -105,6 +106,7 @@ def _read_video(path: Path) -> Iterator[object]:
 
 
 def _is_pil(image: object) -> bool:
+    require("PIL", "conditioning on pictures", "pillow")
     from PIL import Image
 
     return isinstance(image, Image.Image)
@@ -117,6 +119,7 @@ def _pixels(images: list[object], name: str, *, height: int, width: int) -> Tens
 
 def _one_image(image: object, name: str, *, height: int, width: int) -> Tensor:
     """[3, height, width] in [0, 1]."""
+    require("PIL", "conditioning on pictures", "pillow")
     from PIL import Image
 
     if isinstance(image, Image.Image):

@@ -64,9 +64,11 @@ class CudaRecorder:
             except BaseException:
                 self._broken += graphs
                 self._end_allocating()
+                torch.cuda.set_stream(stream)  # a capture that fails leaves its own
+                self._end_drawing()
                 raise
             finally:
-                torch.cuda.set_stream(stream)  # a capture that fails leaves its own
+                torch.cuda.set_stream(stream)
 
     def _end_allocating(self) -> None:
         """A capture that breaks off leaves torch's allocator in its pool: capture_end raises before it is taken out."""
@@ -74,6 +76,16 @@ class CudaRecorder:
         with contextlib.suppress(RuntimeError, AttributeError):
             torch._C._cuda_endAllocateToPool(index, self._pool)  # raises where it was taken out
             torch._C._cuda_releasePool(index, self._pool)
+
+    def _end_drawing(self) -> None:
+        """A capture that breaks off leaves the default generator in capture state, and torch.randn refuses from then on:
+        capture_end raises before it comes to generators. A capture that ends well takes it out again."""
+        graphs: list[torch.cuda.CUDAGraph] = []
+        try:
+            self._record_whole(lambda: (torch.zeros(1, device=self._device),), graphs)
+        except RuntimeError as error:  # the first error is the one that counts
+            logger.warning("random numbers may be refused on %s from now on: %s", self._device, error)
+        self._broken += graphs
 
     def _record_whole(
         self, work: Work, graphs: list[torch.cuda.CUDAGraph]

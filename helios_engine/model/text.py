@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import html
+import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -19,14 +20,29 @@ from torch import Tensor, nn
 from helios_engine.config import read_json
 from helios_engine.model.offload import Copier, Share, WeightRing, layer_sources
 from helios_engine.model.weights import check_slots, load_slots, mapped_tensors, shapes_on_disk, weight_files
+from helios_engine.optional import require
+
+logger = logging.getLogger(__name__)
 
 
 def clean(prompt: str) -> str:
     """The prompt as the model was trained on: mojibake mended, HTML entities resolved, white space folded."""
-    import ftfy
-
-    text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
+    text = html.unescape(html.unescape(_mend(prompt)))
     return re.sub(r"\s+", " ", text).strip()
+
+
+def _mend(prompt: str) -> str:
+    try:
+        import ftfy
+    except ImportError as error:
+        _say_that_nothing_is_mended(str(error))
+        return prompt
+    return ftfy.fix_text(prompt)
+
+
+@functools.cache
+def _say_that_nothing_is_mended(reason: str) -> None:
+    logger.warning("prompts with characters broken by a wrong encoding stay as they are: %s; pip install ftfy", reason)
 
 
 class TextEncoder:
@@ -98,7 +114,7 @@ class TextEncoder:
     @staticmethod
     def on_meta(folder: Path):
         """The encoder without any memory behind it."""
-        import transformers
+        transformers = require("transformers", "encoding prompts")
 
         values = read_json(folder / "config.json")
         missing = [
@@ -179,7 +195,7 @@ def _strict_errors() -> tuple[type[Exception], ...]:
 
 
 def _load_tokenizer(folder: Path, vocab_size: int):
-    import transformers
+    transformers = require("transformers", "encoding prompts")
 
     # Without either file transformers makes up an almost empty vocabulary and says nothing.
     if not any((folder / name).is_file() for name in ("tokenizer.json", "spiece.model")):

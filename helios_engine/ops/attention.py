@@ -9,7 +9,6 @@ import functools
 import importlib
 import importlib.util
 import logging
-import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -113,8 +112,8 @@ def time_attention(
             totals[name] = sum(_median_seconds(attend, shape, device, dtype, head_dim, repeats) for shape in shapes)
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:
-            logger.warning("attention: %s left out, it fails at the real size: %s", name, error)
+        except Exception as error:  # as in a trial
+            logger.warning("attention: %s left out, it fails at the real size: %s", name, _said(error))
     if not totals:
         raise RuntimeError(f"none of the attention backends {', '.join(names)} runs at the real size")
     return totals
@@ -160,8 +159,8 @@ def _refusal(name: str, device: torch.device, dtype: torch.dtype, head_dim: int)
     if name in _PACKAGES:
         try:
             _import_flash_attention(name)
-        except (ImportError, AttributeError) as error:
-            return f"FlashAttention-{name[2]} cannot be imported ({error}); pip install {_PACKAGES[name][1]}"
+        except Exception as error:  # a package built for another torch or CUDA raises what it likes
+            return f"FlashAttention-{name[2]} cannot be imported ({_said(error)}); pip install {_PACKAGES[name][1]}"
     if name in ("fa3", "fa3_fp8") and (capability[0] != 9 or dtype != torch.bfloat16):
         return f"it needs bfloat16 on a Hopper GPU (sm_90), this is {dtype} on sm_{capability[0]}{capability[1]}"
     if name == "fa4" and capability[0] < 9:
@@ -175,19 +174,28 @@ def _refusal(name: str, device: torch.device, dtype: torch.dtype, head_dim: int)
 
 def _failure(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """What a small call of the backend says, or None when it runs."""
+    # Outside of the trial: where a device makes no tensors, no backend is to blame.
     q, k = (torch.randn(1, tokens, 2, head_dim, dtype=dtype, device=device) for tokens in (64, 128))
     try:
         _make(name, device)(q, k, k)
-    except RuntimeError as error:
-        return f"a trial call failed: {' '.join(str(error).split())}"
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # compilers and packages raise of all types; each is a reason to take another backend
+        return f"a trial call failed: {_said(error)}"
     return None
+
+
+def _said(error: Exception) -> str:
+    """An error as part of one line; its type too where that says more than RuntimeError."""
+    kind = "" if type(error) in (RuntimeError, ImportError) else f"{type(error).__name__}: "
+    return f"{kind}{' '.join(str(error).split())[:300]}"
 
 
 def _make(name: str, device: torch.device) -> Attention:
     if name in _PACKAGES:
         return Attention(name, *_flash_attention(name))
     if name == "cudnn":
-        return Attention(name, _sdpa_with([SDPBackend.CUDNN_ATTENTION]), _cuda_with_lse)
+        return Attention(name, _sdpa_with([SDPBackend.CUDNN_ATTENTION]), _cudnn_with_lse)
     if name == "flash":
         return Attention(name, _sdpa_with([SDPBackend.FLASH_ATTENTION]), _cuda_with_lse)
     return Attention(name, _sdpa, _cpu_with_lse if device.type == "cpu" else _cuda_with_lse)
@@ -221,6 +229,14 @@ def _cuda_with_lse(q_BLHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor) -> tuple[Tens
         out, lse_BHL = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2]
     # The efficient kernel pads its rows to a multiple of 32.
     return out.transpose(1, 2), lse_BHL[..., : q.size(2)].transpose(1, 2)
+
+
+def _cudnn_with_lse(q_BLHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor) -> tuple[Tensor, Tensor]:
+    """cuDNN's kernel, whose logarithm torch asks for in training alone."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BLHK, k_BMHK, v_BMHK))
+    out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, compute_log_sumexp=True)[:2]
+    # [B, H, L, 1] or [B, H, L], by release.
+    return out.transpose(1, 2), lse.view(lse.shape[:3]).transpose(1, 2)
 
 
 def _import_flash_attention(name: str) -> Callable[..., object]:

@@ -81,12 +81,17 @@ _GPU_GENERATIONS = (8, 9, 10, 12)  # what setup.py compiles for
 @functools.cache
 def _serves_gpu(index: int | None) -> bool:
     """True where the library has kernels for this GPU; said aloud where not."""
+    reason = _why_not_on_gpu(index)
+    if reason and not WHY_NOT:  # where there is no library at all, that has been said
+        logger.warning("compiled operators are not used on the GPU: %s; torch's own are", reason)
+    return not reason
+
+
+def _why_not_on_gpu(index: int | None) -> str:
     if not _ON_GPU:
-        return False
+        return "this build has no CUDA kernels (no nvcc was found, or HELIOS_CUDA=0)"
     major, minor = torch.cuda.get_device_capability(index)
-    if major not in _GPU_GENERATIONS:
-        logger.warning("compiled operators have no kernels for sm_%d%d; torch's own are used", major, minor)
-    return major in _GPU_GENERATIONS
+    return "" if major in _GPU_GENERATIONS else f"it has no kernels for sm_{major}{minor}"
 
 
 def _run(name: str, *arguments: object, **named: object) -> None:
@@ -110,18 +115,21 @@ def runs_native(x: Tensor) -> bool:
     return serves(x.device) and x.dtype in _DTYPES
 
 
-def check() -> None:
-    """Raise ValueError where HELIOS_OPS asks for what cannot be; an import is no place to say so."""
+def check(device: torch.device | None = None) -> None:
+    """Raise ValueError where HELIOS_OPS asks for what cannot be, on this device; an import is no place to say so."""
     if _PROBLEM:
         raise ValueError(_PROBLEM)
+    insists = device is not None and device.type == "cuda" and _WANTED not in ("", "reference")
+    if insists and (reason := _why_not_on_gpu(device.index)):
+        raise ValueError(f"HELIOS_OPS={_WANTED}, but {LIBRARY} does not serve {device}: {reason}")
 
 
 def describe() -> list[str]:
     """Which implementation runs on which device, for `inspect --ops`."""
-    check()
+    check(torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None)
     if WHY_NOT:
         return [f"operators      plain torch everywhere: {WHY_NOT}"]
-    gpu = "compiled CUDA" if _ON_GPU else "plain torch (this build has no CUDA kernels)"
+    gpu = "compiled CUDA" if _ON_GPU else "plain torch: this build has no CUDA kernels"
     return [f"operators      CPU: compiled; GPU: {gpu}", f"               {', '.join(OPERATORS)}"]
 
 

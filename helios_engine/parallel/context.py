@@ -96,11 +96,17 @@ class ContextParallel:
         here = dist.get_rank()
         control = dist.new_group(list(members), backend="gloo", timeout=_NEVER)
         groups: dict[str, ProcessGroup] = {}
+        made: dict[tuple[int, ...], ProcessGroup] = {}
         for name, lists in mesh(degrees).items():
             for relative in lists:  # every rank takes part in making every group
-                group = dist.new_group([members[rank] for rank in relative])
+                if len(relative) == 1:  # nobody to talk to; NCCL would make a communicator
+                    continue
+                # Groups of the same ranks inside a forward are one; rank 0's frames and the autoencoder keep their own.
+                place = tuple(relative) if name != "all" else (-1, *relative)
+                if place not in made:
+                    made[place] = dist.new_group([members[rank] for rank in relative])
                 if here in members and members.index(here) in relative:
-                    groups[name] = group
+                    groups[name] = made[place]
         if here not in members:
             return None
         return cls._watched(members, degrees, groups, control, rank_timeout)

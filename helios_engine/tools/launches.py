@@ -164,7 +164,9 @@ def _bytes_of(func, args: tuple, kwargs: dict, result: object) -> int:
     return total + sum(x.nbytes for x in tree_leaves(result) if isinstance(x, Tensor) and id(x) not in known)
 
 
-def trace_decode(config: VaeConfig, latent_size: tuple[int, int], *, dtype: torch.dtype, frames_per_call: int) -> list[Launch]:
+def trace_decode(
+    config: VaeConfig, latent_size: tuple[int, int], *, dtype: torch.dtype, frames_per_call: int
+) -> list[Launch]:
     """The decode of one chunk at latents of latent_size (rows, columns)."""
     with META:
         vae = VideoAutoencoder(config).to(dtype).requires_grad_(False).channels_last_()

@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from helios_engine.optional import require
 from helios_engine.output import temporary_name
 
 logger = logging.getLogger(__name__)
@@ -178,6 +179,7 @@ def _cpu_leaves(root: object) -> list[tuple[float, float, str]]:
 
 def draw_timeline(timeline: Timeline, path: Path) -> None:
     """A PNG: the chunk from left to right in its categories' colours, stages below it, time per category below that."""
+    require("PIL", "drawing a timeline", "pillow")
     from PIL import Image, ImageDraw
 
     width, left, strip = 1200, 110, 90

@@ -19,6 +19,7 @@ from helios_engine.config import VARIANTS, ModelConfig, VaeConfig, read_json
 from helios_engine.model.transformer import Transformer, init_random_
 from helios_engine.model.vae import VideoAutoencoder
 from helios_engine.model.weights import save_safetensors
+from helios_engine.optional import require
 
 # The tokenizer's words, taken from prompts people write for video models; letters and bytes cover the rest.
 _CORPUS = """
@@ -180,13 +181,13 @@ def _vocabulary() -> list[tuple[str, float]]:
 
 
 def _write_tokenizer(folder: Path) -> None:
-    import transformers
+    transformers = require("transformers", "writing a text encoder")
 
     transformers.T5Tokenizer(vocab=_vocabulary(), extra_ids=0).save_pretrained(folder)
 
 
 def _write_text_encoder(folder: Path, seed: int) -> None:
-    import transformers
+    transformers = require("transformers", "writing a text encoder")
 
     config = transformers.UMT5Config(vocab_size=len(_vocabulary()), **_TEXT)
     model = transformers.UMT5EncoderModel(config)

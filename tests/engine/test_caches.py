@@ -13,7 +13,7 @@ from helios_engine.model import rope
 from helios_engine.model.block import Block
 from helios_engine.model.embed import Embedder
 from helios_engine.model.transformer import Transformer
-from helios_engine.ops import reference
+from helios_engine.ops import native, reference
 
 SMALL = {"prompt": "A red fox", "height": 64, "width": 64, "max_sequence_length": 16, "num_frames": 99}
 
@@ -119,7 +119,9 @@ def test_the_first_blocks_history_is_projected_once_per_chunk(monkeypatch, engin
     engine = engines("distilled")
     first, rows = engine.transformer.blocks[0], []
     project = first.project
-    monkeypatch.setattr(first, "project", lambda h, *rest, **named: rows.append(h.shape[1]) or project(h, *rest, **named))
+    monkeypatch.setattr(
+        first, "project", lambda h, *rest, **named: rows.append(h.shape[1]) or project(h, *rest, **named)
+    )
     engine.generate(VideoRequest(**{**SMALL, "num_frames": 66}, steps=2, amplify_first_chunk=False))
     assert rows == [40, 9, 9, 36, 36, 144, 144] * 2
 
@@ -144,3 +146,16 @@ def test_the_loop_asks_the_device_for_no_number(engines) -> None:
                 for patch in patches:
                     patch.stop()
         assert session.index == 1
+
+
+@pytest.mark.skipif(bool(native.WHY_NOT), reason=f"no compiled operators: {native.WHY_NOT}")
+@pytest.mark.parametrize(
+    ("variant", "operator"), [("distilled", "dmd_step"), ("mid", "unipc_step"), ("base", "unipc_step")]
+)
+def test_every_stages_solver_runs_the_compiled_step(monkeypatch, engines, variant: str, operator: str) -> None:
+    """Noise brought to the first stage's size by permuted views once kept that stage on twenty small launches a step."""
+    ran, run = [], native._run
+    monkeypatch.setattr(native, "_run", lambda name, *rest, **named: ran.append(name) or run(name, *rest, **named))
+    engine, request = engines(variant), VideoRequest(**{**SMALL, "num_frames": 33}, steps=2, amplify_first_chunk=False)
+    engine.generate(request)
+    assert ran.count(operator) == engine.plan(request).steps_in_chunk(0)

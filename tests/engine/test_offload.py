@@ -166,13 +166,16 @@ def _fake_cuda() -> types.SimpleNamespace:
     import contextlib
 
     waits: list[object] = []
+    devices: list[tuple[str, torch.device]] = []
     stream = types.SimpleNamespace(wait_event=waits.append)
     return types.SimpleNamespace(
         Stream=lambda device: stream,
         Event=_Event,
         stream=lambda _: contextlib.nullcontext(),
         current_stream=lambda _: stream,
+        set_device=lambda device: devices.append((threading.current_thread().name, device)),
         waits=waits,
+        devices=devices,
     )
 
 
@@ -188,6 +191,7 @@ def test_the_stream_copier_moves_any_size_through_small_buffers() -> None:
         for target in targets:
             target.zero_()
         copier.used(0)
+    assert api.devices == [("helios-copier", torch.device("cpu"))], "or its context would be GPU 0's"
     assert len(api.waits) == 3, "ready twice, and the second load waited for the end of the first use"
     copier.close()
     assert not any(thread.name == "helios-copier" for thread in threading.enumerate())

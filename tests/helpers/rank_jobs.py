@@ -339,6 +339,28 @@ def host_groups(parallel: ContextParallel, *, wrong: bool) -> Tensor | str:
     return attend(own, sizes=(7, 12, 4, 8, 1), dtype=torch.float32, noisy_only=False)
 
 
+def groups_made(parallel: ContextParallel, *, wanted: tuple[int, int, int]) -> list[list[int]]:
+    """The data groups that a mesh of these degrees makes, by their ranks; the context it is part of serves."""
+    from torch import distributed as dist
+
+    made: list[list[int]] = []
+    new_group = dist.new_group
+
+    def noted(ranks, **named):
+        if named.get("backend") != "gloo":  # the control group
+            made.append(list(ranks))
+        return new_group(ranks, **named)
+
+    with mock.patch.object(dist, "new_group", noted):
+        own = ContextParallel.from_process_group(Degrees(*wanted), rank_timeout=None)
+    rows = torch.full((1, 1, 2), float(own.rank))
+    counts = [1] * own.sequence_size
+    gathered = own.gather_rows(rows, counts, "test")[0, :, 0].tolist()
+    first = own.rank - own.sequence_rank
+    assert gathered == [first + float(place) for place in range(own.sequence_size)]
+    return made
+
+
 def sent_per_forward(parallel: ContextParallel, *, folder: str, arguments: dict) -> dict:
     from helios_engine.tools.bench import count_bytes
 

@@ -129,16 +129,19 @@ def test_refusal_names_the_missing_package(monkeypatch, name: str, package: str)
         attention.choose_attention(name, device=torch.device("cuda"), dtype=torch.bfloat16, head_dim=128)
 
 
-def test_a_package_that_does_not_load_is_left_out(monkeypatch) -> None:
+@pytest.mark.parametrize(
+    "error", [ImportError("undefined symbol"), OSError("undefined symbol"), RuntimeError("undefined symbol")]
+)
+def test_a_package_that_does_not_load_is_left_out(monkeypatch, error: Exception) -> None:
     _pretend_gpu(monkeypatch, (9, 0), ("fa3_fwd_interface",))
 
     def broken(name: str):
-        raise ImportError("undefined symbol")
+        raise error
 
     monkeypatch.setattr(attention.importlib, "import_module", broken)
     gpu = {"device": torch.device("cuda"), "dtype": torch.bfloat16, "head_dim": 128}
     assert attention.choose_attention("auto", **gpu).backend == "cudnn"
-    with pytest.raises(ValueError, match="cannot be imported .undefined symbol."):
+    with pytest.raises(ValueError, match="cannot be imported .*undefined symbol."):
         attention.choose_attention("fa3", **gpu)
 
 
@@ -149,6 +152,72 @@ def test_a_backend_whose_trial_call_fails_is_left_out(monkeypatch) -> None:
     assert attention.choose_attention("auto", **gpu).backend == "flash"
     with pytest.raises(ValueError, match="trial call failed"):
         attention.choose_attention("cudnn", **gpu)
+
+
+def _trials(monkeypatch, call) -> None:
+    """A GPU whose backends' trial calls do this; tensors are made on the CPU."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    randn = torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *size, device=None, **named: randn(*size, **named))
+    monkeypatch.setattr(attention, "_make", lambda name, device: lambda *_: call(name))
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("no engine"), TypeError("bad operand"), AssertionError("head"), KeyError(3)]
+)
+def test_whatever_a_trial_raises_is_a_reason(monkeypatch, error: Exception) -> None:
+    def call(name: str) -> None:
+        if name == "cudnn":
+            raise error
+
+    _trials(monkeypatch, call)
+    gpu = {"device": torch.device("cuda"), "dtype": torch.bfloat16, "head_dim": 128}
+    assert attention.attention_candidates(**gpu) == ["flash"]
+    said = "" if isinstance(error, RuntimeError) else type(error).__name__
+    with pytest.raises(ValueError, match=f"attention backend cudnn cannot run: a trial call failed: {said}"):
+        attention.choose_attention("cudnn", **gpu)
+
+
+def test_what_is_no_backends_fault_is_no_reason(monkeypatch) -> None:
+    """A generator that refuses, or a full card, must not turn auto into the slowest backend without a word."""
+    gpu = {"device": torch.device("cuda"), "dtype": torch.bfloat16, "head_dim": 128}
+
+    def full(name: str) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    _trials(monkeypatch, full)
+    with pytest.raises(torch.OutOfMemoryError):
+        attention.attention_candidates(**gpu)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
+
+    monkeypatch.setattr(torch, "randn", refuse)
+    with pytest.raises(RuntimeError, match="Offset increment"):
+        attention.attention_candidates(**gpu)
+
+
+@pytest.mark.parametrize("trailing", [(), (1,)], ids=["BHL", "BHL1"])
+def test_cudnn_gives_its_own_log_sum_exp(monkeypatch, trailing: tuple[int, ...]) -> None:
+    """A ring asks cuDNN and not torch's flash; the call is one that this torch's schema takes."""
+    q, k, v = _qkv()
+    exact = attention.choose_attention("sdpa", device=CPU, dtype=torch.float32, head_dim=16)
+    schema = torch.ops.aten._scaled_dot_product_cudnn_attention.default._schema
+
+    def kernel(query, key, value, attn_bias, *, compute_log_sumexp):
+        bound = {argument.name for argument in schema.arguments}
+        assert {"query", "key", "value", "attn_bias", "compute_log_sumexp"} <= bound
+        assert attn_bias is None
+        assert compute_log_sumexp
+        out, lse = exact.with_lse(*(x.transpose(1, 2) for x in (query, key, value)))
+        lse_BHL = lse.transpose(1, 2).contiguous()
+        return out.transpose(1, 2), lse_BHL.view(*lse_BHL.shape, *trailing), None, None
+
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention", kernel)
+    chosen = attention._make("cudnn", torch.device("cuda"))
+    for actual, expected in zip(chosen.with_lse(q, k, v), exact.with_lse(q, k, v), strict=True):
+        assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])

@@ -433,9 +433,7 @@ def test_the_norm_of_a_sum_is_that_of_the_sum_made_before(device, dtype, channel
     total = native.bias_residual(x.clone(), bias, residual)
     joined = native.channel_norm_silu(x, gamma, bias=bias, residual=residual)
     # Two kernels may round a sum's last bit otherwise, and the CPU twin's lanes do.
-    torch.testing.assert_close(
-        joined, native.channel_norm_silu(total, gamma), rtol=3 * RELATIVE[dtype], atol=1e-5
-    )
+    torch.testing.assert_close(joined, native.channel_norm_silu(total, gamma), rtol=3 * RELATIVE[dtype], atol=1e-5)
     assert torch.equal(x, before if residual is None else total)
     same_but_for_ties(
         native.channel_norm_silu(before.clone(), gamma, bias=bias, residual=residual, silu=False),
@@ -596,6 +594,33 @@ def test_the_choice_is_said_aloud(setting: str, code: int, said: tuple[str, ...]
     assert result.returncode == code, result.stderr
     for text in said:
         assert text in result.stdout + result.stderr
+
+
+def test_kernels_that_a_gpu_lacks_are_said_once_or_fatal(monkeypatch, caplog) -> None:
+    gpu = torch.device("cuda", 0)
+    native._serves_gpu.cache_clear()
+    monkeypatch.setattr(native, "_ON_GPU", False)
+    with caplog.at_level("WARNING"):
+        for _ in range(3):
+            assert not native.serves(gpu)
+    assert [r.message for r in caplog.records] == [
+        "compiled operators are not used on the GPU: this build has no CUDA kernels (no nvcc was found, or HELIOS_CUDA=0); "
+        "torch's own are"
+    ]
+    native.check(gpu)
+    monkeypatch.setattr(native, "_WANTED", "native")
+    with pytest.raises(
+        ValueError, match="HELIOS_OPS=native, but .* does not serve cuda:0: this build has no CUDA kernels"
+    ):
+        native.check(gpu)
+    native.check(torch.device("cpu"))
+    native._serves_gpu.cache_clear()
+    monkeypatch.setattr(native, "_ON_GPU", True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    with pytest.raises(ValueError, match="no kernels for sm_75"):
+        native.check(gpu)
+    assert not native.serves(gpu)
+    native._serves_gpu.cache_clear()
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])

@@ -259,3 +259,15 @@ def test_recorded_exchanges_keep_no_memory(ranks) -> None:
         assert kept_meanwhile
         assert let_go
         assert delivered == [0.0, 0.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("degrees", "number"), [((8, 1, 1), 2), ((1, 8, 1), 2), ((4, 2, 1), 8), ((4, 1, 2), 7), ((2, 2, 2), 15)]
+)
+def test_no_group_is_made_of_one_rank_and_none_twice(ranks, degrees: tuple[int, int, int], number: int) -> None:
+    """With an eager device each would be a communicator: 19 for eight Ulysses ranks, 16 of them of one rank."""
+    made = ranks.run("groups_made", (8, 1, 1), wanted=degrees)[0]
+    assert all(len(group) > 1 for group in made)
+    whole = list(range(8))
+    assert len([group for group in made if group != whole]) == len({tuple(group) for group in made if group != whole})
+    assert len(made) == number
