@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 export OMP_NUM_THREADS ?= 2
 PLAIN := tests/engine/test_parity.py tests/model tests/sampling tests/ops
 
-.PHONY: demo test test-full lint format clean kernels emulated cuda-check
+.PHONY: demo test test-full lint format clean kernels emulated cuda-check rehearse oldest newest
 
 # torch first and by exact version: a later `pip install` then never picks another build of it.
 $(VENV)/.ready: pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc/*/*)
@@ -52,6 +52,25 @@ emulated: $(VENV)/.ready
 cuda-check: $(VENV)/.ready
 	$(PIP) --no-deps nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 	$(BIN)/python csrc/check_cuda.py
+
+# Every part of benchmarks/gpu_check.sh with small models, without a GPU; nvtx and diffusers are hidden where parts do without.
+REHEARSAL := build/rehearsal
+rehearse: $(VENV)/.ready
+	rm -rf $(REHEARSAL)
+	for name in nvtx diffusers; do mkdir -p $(REHEARSAL)/hidden/$$name && \
+	    echo "raise ModuleNotFoundError(\"No module named '$$name'\")" >$(REHEARSAL)/hidden/$$name/__init__.py; done
+	for group in kernels engine multi tests; do \
+	    PYTHON=$$PWD/$(BIN)/python PYTHONPATH=$$PWD/$(REHEARSAL)/hidden \
+	        benchmarks/gpu_check.sh $$group $(REHEARSAL)/out --rehearse || exit 1; done
+	PYTHON=$$PWD/$(BIN)/python benchmarks/gpu_check.sh modes $(REHEARSAL)/out --rehearse
+
+# The oldest and the newest torch, each in an environment of its own outside this tree; nvcc is needed.
+oldest:
+	tests/other_torch.sh 2.10.0
+	tests/other_torch.sh 2.11.0
+
+newest:
+	tests/other_torch.sh newest
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

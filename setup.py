@@ -1,7 +1,8 @@
 """Builds the compiled parts with ninja. A missing compiler is said aloud and never fatal: the package runs without them.
 
 HELIOS_CUDA=1 makes a missing CUDA toolkit an error, HELIOS_CUDA=0 leaves CUDA out; by default its kernels are built where nvcc
-is found and torch has CUDA.
+is found and torch has CUDA of the same major release. HELIOS_CUDA=force is as 1, and takes an nvcc of another major release
+too: the driver must then serve the newer of the two.
 """
 
 import os
@@ -41,8 +42,8 @@ class NinjaBuild(build_ext):
             try:
                 self.build_extension(extension)
             except (RuntimeError, OSError, ImportError) as error:
-                if extension is OPERATORS and os.environ.get("HELIOS_CUDA") == "1":
-                    raise SystemExit(f"HELIOS_CUDA=1, but the operators cannot be built: {error}") from None
+                if extension is OPERATORS and (wanted := os.environ.get("HELIOS_CUDA")) in ("1", "force"):
+                    raise SystemExit(f"HELIOS_CUDA={wanted}, but the operators cannot be built: {error}") from None
                 print(
                     f"warning: {extension.name} is not built: {error}; helios_engine works without it", file=sys.stderr
                 )
@@ -131,8 +132,8 @@ def _compile(writer, work: Path, source: str | Path, flags: str, tag: str = "") 
 def _cuda_toolkit(torch) -> Path | None:
     """The toolkit to build CUDA kernels with, or None to leave them out."""
     wanted = os.environ.get("HELIOS_CUDA", "")
-    if wanted not in ("", "0", "1"):
-        raise SystemExit(f"HELIOS_CUDA must be 0 or 1, got {wanted!r}")
+    if wanted not in ("", "0", "1", "force"):
+        raise SystemExit(f"HELIOS_CUDA must be 0, 1 or force, got {wanted!r}")
     if wanted == "0":
         return None
     toolkit, problem = _find_toolkit()
@@ -142,11 +143,15 @@ def _cuda_toolkit(torch) -> Path | None:
         printed = subprocess.run([f"{toolkit}/bin/nvcc", "--version"], capture_output=True, text=True).stdout
         release = printed.partition("release ")[2].split(",")[0]
         if release.split(".")[0] != torch.version.cuda.split(".")[0]:
-            problem = f"nvcc is of CUDA {release} and torch of CUDA {torch.version.cuda}"
+            mismatch = f"nvcc is of CUDA {release} and torch of CUDA {torch.version.cuda}"
+            if wanted == "force":
+                print(f"warning: {mismatch}; the driver must serve both", file=sys.stderr)
+            else:
+                problem = mismatch
     if not problem:
         return toolkit
-    if wanted == "1":
-        raise SystemExit(f"HELIOS_CUDA=1, but {problem}; set HELIOS_CUDA=0 to build without CUDA")
+    if wanted in ("1", "force"):
+        raise SystemExit(f"HELIOS_CUDA={wanted}, but {problem}; set HELIOS_CUDA=0 to build without CUDA")
     print(f"the CUDA kernels are left out: {problem}", file=sys.stderr)
     return None
 

@@ -1,15 +1,17 @@
-"""The parts of gpu_check.sh: one function each, a JSON file and a Markdown line per part.
+"""The parts of gpu_check.sh: one function each, which returns figures.
 
-    python -m benchmarks.gpu_check PART OUT [--tiny]
+    python -m benchmarks.gpu_check PART FILE.json [--tiny]
 
 Weights are random, of the real shapes, made on the device: speed does not depend on their values as long as nothing
-overflows. --tiny takes small models and sizes, so that the script itself can be tried anywhere.
+overflows. --tiny takes small models and sizes, and stand-ins for what only a GPU has, so that every line can be tried
+anywhere. gpu_groups.py runs parts in groups.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import gc
 import json
 import os
@@ -24,6 +26,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import gpu_multi
 from benchmarks.gpu_diffusers import chunk_figures, make_pipe, offloaded, time_diffusers
 from benchmarks.gpu_modes import offload_figures, quality_figures, stream_arrivals
 from benchmarks.gpu_ranks import sharded_against_one, share_times
@@ -40,6 +43,7 @@ from helios_engine.model.transformer import init_random_
 from helios_engine.model.vae import VideoAutoencoder
 from helios_engine.ops.attention import choose_attention
 from helios_engine.ops.gemm import TunedGemms
+from helios_engine.parallel.context import ContextParallel
 from helios_engine.request import FRAMES_PER_CHUNK
 from helios_engine.tools.bench import hardware, time_seconds
 from helios_engine.tools.toy import init_vae_
@@ -61,6 +65,7 @@ class Scale:
     copy_bytes: int
     repeats: int
     chunks: int  # of a video whose time is taken
+    is_tiny: bool = False
 
 
 FULL = Scale(ModelConfig(), VaeConfig(), 384, 640, 8192, 2**31, 10, 5)
@@ -69,24 +74,38 @@ TINY = Scale(
         num_attention_heads=4, attention_head_dim=32, rope_dim=(12, 10, 10), num_layers=2, ffn_dim=256, text_dim=64
     ),
     VaeConfig(base_dim=8),
-    *(64, 64, 256, 2**22, 2, 3),
+    height=64,
+    width=64,
+    gemm=256,
+    copy_bytes=2**22,
+    repeats=2,
+    chunks=3,
+    is_tiny=True,
 )
 
 
-def make_engine(scale: Scale, *, vae_dtype: str = "float32", **settings: object) -> Engine:
+def make_engine(
+    scale: Scale,
+    *,
+    vae_dtype: str = "float32",
+    dtype: torch.dtype = DTYPE,
+    device: torch.device = DEVICE,
+    context: ContextParallel | None = None,
+    **settings: object,
+) -> Engine:
     """A Distilled engine with random weights on the device and no text encoder."""
     scheduler = SchedulerConfig("dmd", use_dynamic_shifting=True, time_shift_type="linear")
     index = {"_class_name": "HeliosPyramidPipeline", "is_distilled": True}
     recipe = Recipe.for_checkpoint(index, scheduler, "random")
     checkpoint = Checkpoint("random weights", Path(), scale.model, scale.vae, scheduler, recipe, has_text_encoder=False)
-    transformer = make_transformer(scale.model, DEVICE, DTYPE)
+    transformer = make_transformer(scale.model, device, dtype)
     init_random_(transformer, 0)
     vae = VideoAutoencoder(scale.vae)
     init_vae_(vae, 0)
-    vae = vae.to(DEVICE, getattr(torch, vae_dtype)).requires_grad_(False).channels_last_()
+    vae = vae.to(device, getattr(torch, vae_dtype)).requires_grad_(False).channels_last_()
     vae.statistics = vae.statistics.float()
-    config = EngineConfig(device=str(DEVICE), dtype="bfloat16", vae_dtype=vae_dtype, **settings)
-    return Engine(checkpoint, transformer=transformer, vae=vae, text_encoder=None, config=config)
+    config = EngineConfig(device=str(device), dtype=str(dtype).removeprefix("torch."), vae_dtype=vae_dtype, **settings)
+    return Engine(checkpoint, transformer=transformer, vae=vae, text_encoder=None, config=config, context=context)
 
 
 def make_request(scale: Scale, steps: str = "2,2,2", chunks: int = 4) -> VideoRequest:
@@ -119,12 +138,16 @@ def part_env(scale: Scale) -> dict[str, object]:
 def part_tests(scale: Scale) -> dict[str, object]:
     """The test suite on this machine, tests marked gpu included."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "not full", "-rs", "--maxfail=20"]
-    command += ["tests/ops", "tests/engine/test_gpu.py"] if scale is TINY else ["tests"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    print(result.stdout[-4000:], result.stderr[-2000:])
-    if result.returncode:
-        raise SystemExit(result.returncode)
-    return {"outcome": result.stdout.strip().splitlines()[-1]}
+    command += ["tests/ops/test_reference.py", "tests/engine/test_gpu.py"] if scale.is_tiny else ["tests"]
+    last = ""
+    # Line by line: what is done when the time is up has been seen.
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as running:
+        for line in running.stdout:
+            print(line, end="", flush=True)
+            last = line.strip() or last
+    if running.returncode:
+        raise SystemExit(running.returncode)
+    return {"outcome": last}
 
 
 def _context(engine: Engine, session: VideoSession):
@@ -137,11 +160,12 @@ def _context(engine: Engine, session: VideoSession):
 def part_ops(scale: Scale) -> dict[str, object]:
     """The compiled operators on this device: their tests, and GB/s of each against a copy."""
     environment = {**os.environ, "HELIOS_OPS": "native"}
-    tests = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-rs", "tests/ops"]
+    few = ["-k", "test_norms_write or test_channel"] if scale.is_tiny else []
+    tests = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs", "tests/ops", *few]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "ops.json"
-        rows = 64 if scale is TINY else 11040
-        bench = [sys.executable, "-m", "benchmarks.bench_ops", "--rows", str(rows), "--json", str(path)]
+        sizes = ["--rows", "64", "--frames", "1", "--repeats", "1"] if scale.is_tiny else []
+        bench = [sys.executable, "-m", "benchmarks.bench_ops", *sizes, "--json", str(path)]
         results = [subprocess.run(c, capture_output=True, text=True, env=environment) for c in (tests, bench)]
         for result in results:
             print(result.stdout[-3000:], result.stderr[-2000:])
@@ -154,16 +178,26 @@ def part_ops(scale: Scale) -> dict[str, object]:
     return {**failed, "outcome": outcome, "copy": figures["copy_bytes_per_second"], **rates}
 
 
+_SANITIZED = (
+    "test_channel_norm or test_upsample or test_residual_gate_norm or test_heads_are or test_rows_of or test_qk"
+)
+
+
 def part_sanitize(scale: Scale) -> dict[str, object]:
-    """The operators' tests under compute-sanitizer: memory, races and synchronisation."""
+    """A few of the operators' tests under compute-sanitizer: memory, races and synchronisation."""
     tool = shutil.which("compute-sanitizer")
-    if tool is None or DEVICE.type != "cuda":
-        return {"left out": "no compute-sanitizer on PATH" if tool is None else "no GPU"}
     result: dict[str, object] = {}
+    if tool is None and not scale.is_tiny:
+        return {"left out": "no compute-sanitizer on PATH"}
+    # Behind torch's caching allocator a read past a tensor's end is still inside the allocator's block.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     for check in ("memcheck", "racecheck", "synccheck"):
-        command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q", "-m", "gpu"]
+        command = ["env", f"CHECK={check}"] if tool is None else [tool, "--tool", check, "--error-exitcode", "9"]
+        command += [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
         # Small cases only: the tools slow a kernel down a hundredfold.
-        run = subprocess.run([*command, "-k", "not 5120 and not 13824", "tests/ops"], capture_output=True, text=True)
+        command += ["-k", f"({_SANITIZED}) and {'cuda' if DEVICE.type == 'cuda' else 'cpu'} and bfloat16 and not 13824"]
+        tests = ["tests/ops/test_native.py", "tests/ops/test_quantize.py"]
+        run = subprocess.run([*command, *tests], capture_output=True, text=True, env=environment)
         print(check, run.stdout[-1500:], run.stderr[-500:])
         if run.returncode:
             raise SystemExit(f"{check}: exit code {run.returncode}")
@@ -171,8 +205,13 @@ def part_sanitize(scale: Scale) -> dict[str, object]:
     return result
 
 
-def _recorder() -> Recorder | None:
-    return CudaRecorder(DEVICE) if DEVICE.type == "cuda" else None
+def _recorder() -> Recorder:
+    """CUDA graphs, or a stand-in that does recorded work once more."""
+    if DEVICE.type == "cuda":
+        return CudaRecorder(DEVICE)
+    from tests.helpers.recorders import Rerun
+
+    return Rerun()
 
 
 def _gemms() -> TunedGemms | None:
@@ -249,19 +288,31 @@ def part_vae(scale: Scale) -> dict[str, object]:
     (tuned), and over its floor."""
     size = (scale.height // 8, scale.width // 8)
     latents = torch.randn(1, scale.vae.z_dim, LATENT_FRAMES_PER_CHUNK, *size, device=DEVICE)
+    if scale.is_tiny:
+        latents = latents[:, :, :3, :4, :4]  # float16 takes seconds on a CPU
     result = {}
-    for dtype in ("float32", "bfloat16", "float16") if DEVICE.type == "cuda" else ("float32",):
+    for dtype in ("float32", "bfloat16", "float16"):
         vae = VideoAutoencoder(scale.vae)
         init_vae_(vae, 0)
+        if dtype == "float16":  # residuals add up over the blocks; half the weights keep them far from 65504
+            for name, parameter in vae.named_parameters():
+                if name.endswith(("conv2.weight", "resample.1.weight")):
+                    parameter.data.mul_(0.5)
         vae = vae.to(DEVICE, getattr(torch, dtype)).requires_grad_(False).channels_last_()
         vae.statistics = vae.statistics.float()
-        for split in sorted({1, frames_per_call_for(DEVICE, vae, size)}):
-            seconds = time_seconds(lambda s=split, v=vae: v.decode(latents, frames_per_call=s), DEVICE, scale.repeats)
-            result[f"decode_ms_{dtype}_{split}_per_call"] = 1e3 * seconds
+        splits = sorted({1, frames_per_call_for(DEVICE, vae, size)})
 
-        def decode(s: int = split, v: VideoAutoencoder = vae) -> torch.Tensor:
+        def decode(s: int = splits[-1], v: VideoAutoencoder = vae) -> torch.Tensor:
             return v.decode(latents, frames_per_call=s)
 
+        try:
+            decode()
+        except OverflowError as error:  # float16, should random weights go past its range after all
+            result[dtype] = str(error)
+            continue
+        for split in splits:
+            seconds = time_seconds(lambda s=split, run=decode: run(s), DEVICE, scale.repeats)
+            result[f"decode_ms_{dtype}_{split}_per_call"] = 1e3 * seconds
         with torch.backends.cudnn.flags(enabled=True, benchmark=True):
             result[f"decode_ms_{dtype}_tuned"] = 1e3 * time_seconds(decode, DEVICE, scale.repeats)
         floor = decoder_floor_seconds(decode, DEVICE, lambda work: time_seconds(work, DEVICE, scale.repeats))
@@ -313,12 +364,28 @@ def part_quality(scale: Scale) -> dict[str, object]:
     return quality_figures(lambda **settings: make_engine(scale, **settings), request)
 
 
+def _needs_diffusers(part: Callable[[Scale], dict[str, object]]) -> Callable[[Scale], dict[str, object]]:
+    """A part that is left out, and says so, where the reference is not installed."""
+
+    @functools.wraps(part)
+    def run(scale: Scale) -> dict[str, object]:
+        try:
+            import diffusers  # noqa: F401
+        except ImportError as error:
+            return {"left out": f"{error}; carry its wheel (WHEELS=folder)"}
+        return part(scale)
+
+    return run
+
+
+@_needs_diffusers
 def part_diffusers(scale: Scale) -> dict[str, object]:
     """The reference, eager, on the same shapes."""
     requests = {steps: make_request(scale, steps, chunks=3) for steps in STEPS}
     return {**time_diffusers(make_pipe(scale.model, scale.vae, DEVICE), requests), **_peak()}
 
 
+@_needs_diffusers
 def part_compiled(scale: Scale) -> dict[str, object]:
     """The reference with its blocks under torch.compile."""
     pipe = make_pipe(scale.model, scale.vae, DEVICE)
@@ -326,6 +393,7 @@ def part_compiled(scale: Scale) -> dict[str, object]:
     return {**time_diffusers(pipe, {steps: make_request(scale, steps, chunks=3) for steps in STEPS}), **_peak()}
 
 
+@_needs_diffusers
 def part_diffusers_offload(scale: Scale) -> dict[str, object]:
     """The reference with its group offload, for the part offload to be held against."""
     result: dict[str, object] = {}
@@ -350,22 +418,13 @@ def _peak() -> dict[str, object]:
 PARTS: dict[str, Callable[[Scale], dict[str, object]]] = {
     name.removeprefix("part_"): function for name, function in list(globals().items()) if name.startswith("part_")
 }
-
-
-def _flat(values: dict[str, object], prefix: str = "") -> list[str]:
-    lines = []
-    for name, value in values.items():
-        if isinstance(value, dict):
-            lines += _flat(value, f"{prefix}{name} ")
-        else:
-            lines.append(f"{prefix}{name} {value:.4g}" if isinstance(value, float) else f"{prefix}{name} {value}")
-    return lines
+PARTS |= gpu_multi.PARTS
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=PARTS)
-    parser.add_argument("out", type=Path)
+    parser.add_argument("file", type=Path)
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
     scale = TINY if options.tiny else FULL
@@ -375,9 +434,7 @@ def main() -> None:
         figures = PARTS[options.part](scale)
     size = f"{scale.height}x{scale.width}"
     result = {"part": options.part, **hardware(DEVICE), "size": size, "tiny": options.tiny, **figures}
-    (options.out / f"{options.part}.json").write_text(json.dumps(result, indent=2) + "\n")
-    with (options.out / "summary.md").open("a") as file:
-        file.write(f"| {options.part} | {result['device']} | {'; '.join(_flat(figures))} |\n")
+    options.file.write_text(json.dumps(result, indent=2) + "\n")
     if figures.get("failed"):
         raise SystemExit(1)
 

@@ -1,45 +1,45 @@
 #!/usr/bin/env bash
-# Checks and timings on one CUDA machine, no network needed.
+# Checks and timings on one CUDA machine, no network needed, in groups that fit a command of ten minutes.
 #
-#   benchmarks/gpu_check.sh [PART...] OUT      parts in order of value; default: all of them
+#   benchmarks/gpu_check.sh GROUP OUT [--minutes 9] [--rehearse]
 #
-# Each part writes OUT/PART.json and a line in OUT/summary.md before the next one starts, ends within PART_SECONDS
-# (240), and does not stop the others when it fails. WHEELS=folder installs carried wheels first (diffusers, fa3_fwd,
-# ftfy, nvtx). TINY=1 runs small models, to try this script on any machine, without a GPU too.
+#   kernels   what the device can do, every operator against a copy, forwards against their parts
+#   engine    whole chunks end to end, decoding in three dtypes, attention backends
+#   modes     approximations, Diffusers, several ranks on one device, offload, Diffusers' offload and compiled blocks
+#   tests     compute-sanitizer over a few tests, then the whole test suite
+#   multi     two GPUs and more: NCCL, a whole video against one GPU, scaling, capture on and off, a rank killed
+#
+# A group leaves OUT/GROUP.json, OUT/GROUP.md and OUT/GROUP_logs.tar.gz; a part that fails or runs out of time costs only itself.
+# --minutes counts from this script's start, building included. WHEELS=folder installs carried wheels first (diffusers,
+# fa3_fwd, nvtx, ftfy, wcwidth). --rehearse takes small models and runs on any machine, without a GPU too.
 set -u
+began=$(date +%s.%N)
 root=$(cd "$(dirname "$0")/.." && pwd)
-all=(env ops tests dit attention engine vae offload quality ranks diffusers compiled diffusers_offload sanitize)
-if [ $# -eq 0 ]; then
-  echo "usage: benchmarks/gpu_check.sh [PART...] OUT; parts: ${all[*]}" >&2
+if [ $# -lt 2 ]; then
+  sed -n 2,17p "$0" >&2
   exit 2
 fi
-out=${*: -1}
-parts=("${@:1:$#-1}")
-[ ${#parts[@]} -eq 0 ] && parts=("${all[@]}")
-for part in "${parts[@]}"; do
-  case " ${all[*]} " in
-    *" $part "*) ;;
-    *) echo "gpu_check.sh: unknown part $part; parts: ${all[*]}" >&2; exit 2 ;;
-  esac
-done
-mkdir -p "$out" && out=$(cd "$out" && pwd)
+mkdir -p "$2" && out=$(cd "$2" && pwd) || exit 1
+group=$1
+shift 2
 cd "$root" || exit 1
 python=${PYTHON:-python3}
 if [ -n "${WHEELS:-}" ]; then
   "$python" -m pip install --quiet --no-index --no-deps "$WHEELS"/*.whl || echo "gpu_check.sh: some wheels did not install" >&2
 fi
-# The compiled operators, CUDA kernels included where nvcc is; the checks run without them too.
-"$python" setup.py --quiet build_ext --inplace || echo "gpu_check.sh: the operators did not build" >&2
-export PYTHONPATH=$root HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-failed=0
-for part in "${parts[@]}"; do
-  echo "== $part"
-  timeout "${PART_SECONDS:-240}" "$python" -m benchmarks.gpu_check "$part" "$out" ${TINY:+--tiny} 2>&1 | tee "$out/$part.log" | tail -n 25
-  code=${PIPESTATUS[0]}
-  if [ "$code" -ne 0 ]; then
-    failed=1
-    echo "| $part | failed with exit code $code (124: out of time), see $part.log |" >>"$out/summary.md"
-  fi
-done
-cat "$out/summary.md"
-exit $failed
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false HELIOS_OPS=native
+export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo}
+# Checkpoints of the part offload are 29 GB.
+[ -d /dev/shm ] && export TMPDIR=${TMPDIR:-/dev/shm}
+case " $* " in
+  *" --rehearse "*) ;;
+  # Nothing is timed with plain torch in the place of our kernels.
+  *) export HELIOS_CUDA=1 ;;
+esac
+"$python" setup.py --quiet build_ext --inplace >"$out/build.log" 2>&1 || {
+  tail -n 20 "$out/build.log" >&2
+  echo "gpu_check.sh: the operators did not build" >&2
+  exit 1
+}
+rm -f "$out/build.log"
+exec "$python" -m benchmarks.gpu_groups "$group" "$out" --began "$began" "$@"

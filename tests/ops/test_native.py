@@ -600,6 +600,7 @@ def test_kernels_that_a_gpu_lacks_are_said_once_or_fatal(monkeypatch, caplog) ->
     gpu = torch.device("cuda", 0)
     native._serves_gpu.cache_clear()
     monkeypatch.setattr(native, "_ON_GPU", False)
+    monkeypatch.setattr(native, "_WANTED", "")
     with caplog.at_level("WARNING"):
         for _ in range(3):
             assert not native.serves(gpu)
