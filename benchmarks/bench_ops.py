@@ -253,10 +253,11 @@ def picture_cases(frames: int) -> Iterator[Case]:
         )
         _clear(pictures, others)
         # Half the rows and columns of twice the channels come before this level.
+        larger = torch.zeros(1, frames, 384, 640, 192, dtype=dtype, device=DEVICE).permute(0, 4, 1, 2, 3)
         smaller = [random(1, frames, 192, 320, 192, dtype=dtype).permute(0, 4, 1, 2, 3) for _ in range(2 * count)]
         yield Case(
             f"upsample_nearest{name}",
-            lambda ops, i, smaller=smaller: ops.upsample_nearest(smaller[i]),
+            lambda ops, i, smaller=smaller, larger=larger: ops.upsample_nearest(smaller[i], out=larger),
             None,
             5 * smaller[0].nbytes,
             2 * count,

@@ -50,6 +50,8 @@ void bind_patch_gather(const Tensor latents, const Tensor rows, const Ints kerne
                        int64_t first_row) {
   PatchGather args{};
   check_kernel(kernel, "kernel");
+  STD_TORCH_CHECK(kernel[2] <= kMaxPatchWidth, "kernel must be at most ", kMaxPatchWidth,
+                  " columns wide, got ", kernel[2]);
   STD_TORCH_CHECK(latents.dim() == 5, "latents must be [batch, channels, frames, rows, columns]");
   STD_TORCH_CHECK(rows.dim() == 3, "rows must be [batch, rows, elements]");
   check_same(latents, rows, "rows"), check_contiguous(rows, "rows");

@@ -9,12 +9,12 @@ namespace {
 HeadRows head_rows_of(const Tensor& x, const Tensor& out, const Tensor& scale, const Tensor& like,
                       const char* name) {
   STD_TORCH_CHECK(x.dim() == 4, name, " must be [batch, rows, heads, head_dim]");
-  STD_TORCH_CHECK(x.size(0) == like.size(0) && x.size(2) == like.size(2) &&
-                      x.size(3) == like.size(3),
-                  name, " must have the batch, heads and head size of q");
-  STD_TORCH_CHECK((x.size(3) <= 1 || x.stride(3) == 1) &&
-                      (x.size(2) <= 1 || x.stride(2) == x.size(3)),
-                  name, " must have rows whose heads lie side by side");
+  STD_TORCH_CHECK(
+      x.size(0) == like.size(0) && x.size(2) == like.size(2) && x.size(3) == like.size(3), name,
+      " must have the batch, heads and head size of q");
+  STD_TORCH_CHECK(
+      (x.size(3) <= 1 || x.stride(3) == 1) && (x.size(2) <= 1 || x.stride(2) == x.size(3)), name,
+      " must have rows whose heads lie side by side");
   check_same(like, x, name), check_dtype(x, like.scalar_type(), name);
   check_same(like, out, name), check_dtype(out, ScalarType::Byte, name);
   check_contiguous(out, name), check_shape(x, out, name);

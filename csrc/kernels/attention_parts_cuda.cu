@@ -39,8 +39,8 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename Unit>
 int unpack_by(const UnpackHeads& args, const Sources& sources, cudaStream_t stream) {
-  const int units = static_cast<int>(args.head_dim * args.element_size /
-                                     static_cast<std::int64_t>(sizeof(Unit)));
+  const int units =
+      static_cast<int>(args.head_dim * args.element_size / static_cast<std::int64_t>(sizeof(Unit)));
   const dim3 blocks = grid_for(args.rows, args.batch);
   if (units == 16) {  // heads of 128 16-bit numbers
     launch(unpack<Unit, 16>, blocks, kThreads, stream, args, sources, units);
@@ -60,8 +60,7 @@ __device__ __forceinline__ Weights weights_of(float own_lse, float other_lse) {
   const float top = own_lse > other_lse ? own_lse : other_lse;
   const float own = expf(own_lse - top), other = expf(other_lse - top);
   const float inverse = 1.0f / (own + other);
-  return {own * inverse, other * inverse, top + logf(own + other),
-          isinf(own_lse) && own_lse < 0};
+  return {own * inverse, other * inverse, top + logf(own + other), isinf(own_lse) && own_lse < 0};
 }
 
 // kLanes lanes a row, eight numbers each.

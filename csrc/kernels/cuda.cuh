@@ -231,8 +231,9 @@ __device__ __forceinline__ void load_floats(float* to, const float* from) {
   }
 }
 
-// The sum over the block's threads, on all of them, in a fixed order. scratch holds a float per warp
-// and must not be that of the block's sum before: with two in turns one barrier each is enough.
+// The sum over the block's threads, on all of them, in a fixed order. scratch holds a float per
+// warp and must not be that of the block's sum before: with two in turns one barrier each is
+// enough.
 template <int kWarps>
 __device__ __forceinline__ float block_sum(float value, float* scratch) {
 #pragma unroll

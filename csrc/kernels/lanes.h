@@ -133,6 +133,27 @@ HELIOS_INLINE V rounded_to(V value) {
   return Rounding<T, V>::round(value);
 }
 
+// a * b + c, rounded once where the instruction set can; for what is an approximation anyway.
+HELIOS_INLINE float multiply_add(float a, float b, float c) { return a * b + c; }
+HELIOS_INLINE Lanes multiply_add(Lanes a, Lanes b, Lanes c) {
+#ifdef __AVX512F__
+  return (Lanes)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#else
+  return a * b + c;
+#endif
+}
+
+// 1 / x of finite x, in lanes to about 1e-7 relative: dividing takes several times as long.
+HELIOS_INLINE float reciprocal(float x) { return 1.0f / x; }
+HELIOS_INLINE Lanes reciprocal(Lanes x) {
+#ifdef __AVX512F__
+  const Lanes guess = (Lanes)_mm512_rcp14_ps((__m512)x);
+  return multiply_add(guess, 1.0f - x * guess, guess);
+#else
+  return 1.0f / x;
+#endif
+}
+
 // body(kind, i) for all i below n: in lanes, then one by one; kind's type says which.
 template <typename Body>
 HELIOS_INLINE void for_each(int64_t n, Body body) {

@@ -14,6 +14,8 @@ struct Latents {
 
 // rows[b][i] = patch first_row + i, elements in (channel, t, h, w) order. A latent whose size is no
 // multiple of the kernel is continued by repeating its last frame, row or column.
+constexpr std::int64_t kMaxPatchWidth = 2048;  // columns of a patch
+
 struct PatchGather {
   Latents latents;
   void* rows;  // [batch, num_rows, channels * t * h * w], contiguous

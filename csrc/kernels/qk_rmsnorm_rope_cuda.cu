@@ -58,7 +58,12 @@ __global__ void __launch_bounds__(kThreads)
       if (part == 0 && row < args.first_query) continue;
       T* source = row_at<T>(args.qkv, batch, row) + part * kWidth;
       const Target<T> target{kPacked ? static_cast<T*>(args.packed) : source,
-                             args.rows, args.batch, kHeadDim, row, batch, part};
+                             args.rows,
+                             args.batch,
+                             kHeadDim,
+                             row,
+                             batch,
+                             part};
       uint4 bits[kVectors];
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) bits[v] = load_bits(source + first + v * kStride);
@@ -126,7 +131,8 @@ __global__ void __launch_bounds__(kThreads)
       squares += to_float(source[i]) * to_float(source[i]);
     float scale = 1.0f;
     if (part < 2)
-      scale = rsqrtf(block_sum<kWarps>(squares, scratch[turn]) / static_cast<float>(args.width) + args.eps);
+      scale = rsqrtf(block_sum<kWarps>(squares, scratch[turn]) / static_cast<float>(args.width) +
+                     args.eps);
     turn ^= 1;
     const T* weight = static_cast<const T*>(part == 0 ? args.q_weight : args.k_weight);
     const float* rotation = args.rotation + row * args.head_dim;
@@ -195,8 +201,8 @@ __global__ void __launch_bounds__(kThreads) rmsnorm_rows_any(const RmsnormRows a
     float squares = 0.0f;
     for (std::int64_t i = threadIdx.x; i < args.width; i += kThreads)
       squares += to_float(x[i]) * to_float(x[i]);
-    const float scale =
-        rsqrtf(block_sum<kWarps>(squares, scratch[turn]) / static_cast<float>(args.width) + args.eps);
+    const float scale = rsqrtf(
+        block_sum<kWarps>(squares, scratch[turn]) / static_cast<float>(args.width) + args.eps);
     turn ^= 1;
     for (std::int64_t i = threadIdx.x; i < args.width; i += kThreads) {
       x[i] = from_float<T>(to_float(x[i]) * scale * to_float(weight[i]));

@@ -113,8 +113,8 @@ __global__ void __launch_bounds__(kThreads) quantize_any(const QuantizeRows args
 template <typename T, bool kGelu>
 int run_with(const QuantizeRows& args, cudaStream_t stream) {
   constexpr int kSize = Vector<T>::kSize;
-  const bool fits = args.width % kSize == 0 && has_aligned_rows(args.x, sizeof(T)) &&
-                    is_aligned(args.out);
+  const bool fits =
+      args.width % kSize == 0 && has_aligned_rows(args.x, sizeof(T)) && is_aligned(args.out);
   const dim3 blocks = grid_for(args.rows, args.batch);
   if (fits && args.width == 5120) {
     launch(quantize_registers<T, kGelu, 4, 5120 / 128 / kSize>, blocks, 128, stream, args);

@@ -1,5 +1,4 @@
 #include "quantize_heads.h"
-
 #include "quantize_row.h"
 
 namespace helios {

@@ -35,15 +35,19 @@ float inverse_deviation(const T* x, float mean, int64_t width, float eps) {
   return 1.0f / sqrtf(squares / static_cast<float>(width) + eps);
 }
 
-// next and next_y are what comes from memory while this row is computed.
+// next and next_y are what comes from memory while this row is computed; next_y may be null.
 template <typename T>
-void norm_row(const T* x, const T* next, const T* next_y, float sum, T* out, const float* weight,
-              const float* bias, int64_t width, float eps) {
+void norm_row(const T* x, const T* next, const T* next_y, float sum, T* out, T* next_out,
+              const float* weight, const float* bias, int64_t width, float eps) {
   const float mean = sum / static_cast<float>(width);
   const float inverse_std = inverse_deviation(x, mean, width, eps);
   for_each(width, [=](auto kind, int64_t i) {
     typedef typename decltype(kind)::type V;
-    store(out + i, (load<V>(x + i) - mean) * inverse_std * load<V>(weight + i) + load<V>(bias + i));
+    __builtin_prefetch(next + i);
+    if (next_y != nullptr) __builtin_prefetch(next_y + i);
+    __builtin_prefetch(next_out + i, 1);
+    const V normed = (load<V>(x + i) - mean) * inverse_std;
+    store(out + i, multiply_add(normed, load<V>(weight + i), load<V>(bias + i)));
   });
 }
 
@@ -76,9 +80,11 @@ void run(const ResidualGateNorm& args) {
           x, sum, row_at<uint8_t>(args.out, batch, row), args.weight + segment * args.weight_stride,
           args.bias + segment * args.bias_stride, args.width, args.eps);
     } else if (args.out.data != nullptr) {
-      norm_row(x, x + args.x.row_stride, y == nullptr ? x : y + args.y.row_stride, sum,
-               row_at<T>(args.out, batch, row), args.weight + segment * args.weight_stride,
-               args.bias + segment * args.bias_stride, args.width, args.eps);
+      norm_row(x, x + args.x.row_stride, y == nullptr ? nullptr : y + args.y.row_stride, sum,
+               row_at<T>(args.out, batch, row),
+               row_at<T>(args.out, batch, row) + args.out.row_stride,
+               args.weight + segment * args.weight_stride, args.bias + segment * args.bias_stride,
+               args.width, args.eps);
     }
   }
 }

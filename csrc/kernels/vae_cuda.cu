@@ -6,8 +6,8 @@ namespace {
 
 using std::int64_t;
 
-// A block takes one line of pixels, so that where it lies is worked out once and columns are counted
-// in 32 bits.
+// A block takes one line of pixels, so that where it lies is worked out once and columns are
+// counted in 32 bits.
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 
@@ -190,8 +190,7 @@ __device__ __forceinline__ Place place_of(int64_t pixel, int64_t frames, int64_t
 
 template <typename T>
 __device__ __forceinline__ T* pixel_at(const Pictures& x, const Place& at) {
-  return static_cast<T*>(x.data) + offset(x, at.batch, at.frame, at.row) +
-         at.column * x.strides[3];
+  return static_cast<T*>(x.data) + offset(x, at.batch, at.frame, at.row) + at.column * x.strides[3];
 }
 
 // x + (bias + residual) of one channel, rounded once.
@@ -394,7 +393,8 @@ int run_norm(const ChannelNormSilu& args, cudaStream_t stream) {
   return finish();
 }
 
-// Threads of a block that has whole pixels, or 0 where a pixel has more vectors than a block threads.
+// Threads of a block that has whole pixels, or 0 where a pixel has more vectors than a block
+// threads.
 template <typename T>
 int threads_for(int64_t channels) {
   const int64_t units = channels / Vector<T>::kSize;

@@ -255,8 +255,17 @@ void test_pictures(std::int64_t channels) {
   std::vector<float> own = x, joined(x.size());
   Pictures mutated = in, into = in, other = in;
   mutated.data = own.data(), into.data = joined.data();
-  channel_norm_silu_cpu({mutated, into, gamma.data(), {gamma.data(), other}, 1, frames, height,
-                         width, channels, true, DType::kFloat32});
+  channel_norm_silu_cpu({mutated,
+                         into,
+                         gamma.data(),
+                         {gamma.data(), other},
+                         1,
+                         frames,
+                         height,
+                         width,
+                         channels,
+                         true,
+                         DType::kFloat32});
   channel_norm_silu_cpu(
       {sums, to, gamma.data(), {}, 1, frames, height, width, channels, true, DType::kFloat32});
   for (std::int64_t i = 0; i < pixels * channels; ++i) {
@@ -323,13 +332,15 @@ void test_quantize_heads(std::int64_t head_dim) {
     for (std::int64_t head = 0; head < heads; ++head) {
       float top = 0;
       for (std::int64_t i = 0; i < (rows - part) * head_dim; ++i)
-        top = std::max(top, std::abs(x[i / head_dim * 3 * width + part * width + head * head_dim +
-                                       i % head_dim]));
+        top = std::max(
+            top,
+            std::abs(x[i / head_dim * 3 * width + part * width + head * head_dim + i % head_dim]));
       check(near(scale[part * heads + head], top / 448.0), "scale of a head");
       bool has_top = false;
       for (std::int64_t i = 0; i < (rows - part) * head_dim; ++i)
-        has_top |= (out[part * rows * width + i / head_dim * width + head * head_dim +
-                        i % head_dim] & 0x7f) == 0x7e;
+        has_top |=
+            (out[part * rows * width + i / head_dim * width + head * head_dim + i % head_dim] &
+             0x7f) == 0x7e;
       check(has_top, "the largest number of a head is 448");
     }
   }

@@ -1,6 +1,7 @@
-// Stands in for Nsight Systems: NVTX loads this library (NVTX_INJECTION64_PATH) and calls it for every range. Each push and
-// pop becomes a line of the file that HELIOS_NVTX_LOG names: "push DOMAIN THREAD MESSAGE" and "pop DOMAIN THREAD".
-// Layouts and numbers are those of NVTX's public headers, version 3 (nvtxDetail/nvtxTypes.h, nvToolsExt.h).
+// Stands in for Nsight Systems: NVTX loads this library (NVTX_INJECTION64_PATH) and calls it for
+// every range. Each push and pop becomes a line of the file that HELIOS_NVTX_LOG names: "push
+// DOMAIN THREAD MESSAGE" and "pop DOMAIN THREAD". Layouts and numbers are those of NVTX's public
+// headers, version 3 (nvtxDetail/nvtxTypes.h, nvToolsExt.h).
 
 #include <cstddef>
 #include <cstdint>
@@ -40,14 +41,15 @@ void say(const char* what, const void* domain, const std::string& message) {
   static std::FILE* file = std::fopen(std::getenv("HELIOS_NVTX_LOG"), "w");
   const std::lock_guard<std::mutex> guard(lock);
   const std::size_t thread = std::hash<std::thread::id>()(std::this_thread::get_id());
-  const char* name = domain == nullptr ? "default" : static_cast<const std::string*>(domain)->c_str();
+  const char* name =
+      domain == nullptr ? "default" : static_cast<const std::string*>(domain)->c_str();
   std::fprintf(file, "%s %s %zu %s\n", what, name, thread, message.c_str());
   std::fflush(file);
 }
 
 int push(const void* domain, const EventAttributes* event) {
   say("push", domain,
-      event->message_type == 3 ? *static_cast<const std::string*>(event->message)
+      event->message_type == 3   ? *static_cast<const std::string*>(event->message)
       : event->message_type == 1 ? static_cast<const char*>(event->message)
                                  : "(no text)");
   return 0;
@@ -68,7 +70,8 @@ extern "C" __attribute__((visibility("default"))) int InitializeInjectionNvtx2(
   const auto* callbacks = static_cast<const ExportTableCallbacks*>(get_export_table(kCallbacks));
   void*** table = nullptr;
   unsigned size = 0;
-  if (callbacks == nullptr || callbacks->get_module_function_table(kCore2, &table, &size) == 0) return 0;
+  if (callbacks == nullptr || callbacks->get_module_function_table(kCore2, &table, &size) == 0)
+    return 0;
   if (size < kSize) return 0;
   *table[kPush] = reinterpret_cast<void*>(push);
   *table[kPop] = reinterpret_cast<void*>(pop);
