@@ -1,10 +1,10 @@
 """Milliseconds per chunk and frames per second on P = 1..16 GPUs, from counted work and a few rates.
 
-    python -m benchmarks.model_scaling [--steps 2,2,2] [--link-gb 330] [--measured env.json dit.json] [--plot out.svg]
+    python -m benchmarks.model_scaling [--steps 2,2,2] [--link-gb 330] [--measured kernels.json modes.json] [--plot out.svg]
 
 A model, not a measurement. FLOPs and bytes are counted from the model's shape and from TokenLayout, where the rank with
 most tokens and most heads decides; rates are defaults with a source, or measured: --measured takes what gpu_check.py
-writes (env.json, attention.json, dit.json, vae.json) and a file of share_ms_{noisy}+{history}_p{P}, one rank's share of
+writes (kernels.json, engine.json, modes.json), or a file of share_ms_{noisy}+{history}_p{P}, one rank's share of
 a P-rank forward timed without exchanges ("includes_packing": true if the copies around them ran). A measured forward
 scales our modelled shares of its stage, a measured share replaces one; Diffusers' plan follows from the rates alone.
 Nothing is overlapped. Left out: the rows that decoding ranks trade, embedding, the first layer's cached history, solver
@@ -232,18 +232,22 @@ def read_measured(paths: Sequence[Path], plan: Plan) -> dict[Key, Figure]:
     """What the files hold for this plan. Raises ValueError for files without any such figure, or two with the same."""
     measured: dict[Key, Figure] = {}
     for path in paths:
-        values = read_json(path)
-        if values.get("tiny"):
+        whole = read_json(path)
+        # gpu_check.py's groups hold a dictionary per part; a file of figures is one of them.
+        parts = [part for part in whole.values() if isinstance(part, dict) and "part" in part] or [whole]
+        if any(part.get("tiny") for part in parts):
             raise ValueError(f"{path} was measured on a miniature")
-        found = {**_rates_in(values), **_shares_in(values, plan)}
-        if not found:
-            raise ValueError(f"{path} has no figure for {plan.noisy} + {plan.history} tokens, only {sorted(values)}")
-        for key, value in found.items():
-            if key in measured:
-                raise ValueError(f"{path} and {measured[key].file} both give {key}")
-            if not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{path}: {key} must be a positive number, got {value!r}")
-            measured[key] = Figure(value, path.name, values.get("includes_packing") is True)
+        num_found = 0
+        for values in parts:
+            for key, value in {**_rates_in(values), **_shares_in(values, plan)}.items():
+                if key in measured:
+                    raise ValueError(f"{path} and {measured[key].file} both give {key}")
+                if not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
+                    raise ValueError(f"{path}: {key} must be a positive number, got {value!r}")
+                measured[key] = Figure(value, path.name, values.get("includes_packing") is True)
+                num_found += 1
+        if not num_found:
+            raise ValueError(f"{path} has no figure for {plan.noisy} + {plan.history} tokens, only {sorted(whole)}")
     return measured
 
 
@@ -265,6 +269,9 @@ def _shares_in(values: dict[str, object], plan: Plan) -> dict[Key, object]:
         match = re.fullmatch(r"(?:forward|share)_ms_(\d+)\+(\d+)(?:_p(\d+))?", name)
         if match and int(match[1]) in plan.noisy and int(match[2]) == plan.history:
             shares[int(match[1]), int(match[3] or 1)] = value
+        stage = re.fullmatch(r"(\d+)\+(\d+)", name)
+        if stage and int(stage[1]) in plan.noisy and int(stage[2]) == plan.history and isinstance(value, dict):
+            shares[int(stage[1]), 1] = value.get("forward_ms")
     return shares
 
 

@@ -143,6 +143,26 @@ def test_a_measured_forward_scales_its_stage(tmp_path: Path) -> None:
     assert "| share_ms 540+2400 P=1 | 109.8 | modelled |" in inputs_table(model)
 
 
+def test_a_group_of_parts_is_read_whole(tmp_path: Path) -> None:
+    """As gpu_check.sh writes it: parts by name, a stage's forward inside its part, what failed beside what did not."""
+    plan = Plan()
+    parts = {
+        "env": {"part": "env", "gemm_bf16_tflops": 600.0, "copy_tb_per_s": 4.0},
+        "dit": {"part": "dit", "8640+2400": {"forward_ms": 555.0}, "540+2400": {"forward_ms": 99.0}},
+        "ops": {"failed": "out of time after 100 s", "last_lines": []},
+    }
+    measured = read_measured([write(tmp_path / "kernels.json", **parts)], plan)
+    assert {key: figure.value for key, figure in measured.items()} == {
+        "gemm_tflops": 600.0,
+        "copy_tb": 4.0,
+        (8640, 1): 555.0,
+        (540, 1): 99.0,
+    }
+    parts["dit"]["tiny"] = True
+    with pytest.raises(ValueError, match="miniature"):
+        read_measured([write(tmp_path / "tiny.json", **parts)], plan)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_measured_share_replaces_one(tmp_path: Path, packed: bool) -> None:
     plan, modelled = Plan(), Model(Machine(), Plan())
