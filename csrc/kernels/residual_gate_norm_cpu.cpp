@@ -46,8 +46,7 @@ void norm_row(const T* x, const T* next, const T* next_y, float sum, T* out, T* 
     __builtin_prefetch(next + i);
     if (next_y != nullptr) __builtin_prefetch(next_y + i);
     __builtin_prefetch(next_out + i, 1);
-    const V normed = (load<V>(x + i) - mean) * inverse_std;
-    store(out + i, multiply_add(normed, load<V>(weight + i), load<V>(bias + i)));
+    store(out + i, (load<V>(x + i) - mean) * inverse_std * load<V>(weight + i) + load<V>(bias + i));
   });
 }
 
