@@ -63,6 +63,9 @@ rehearse: $(VENV)/.ready
 	    PYTHON=$$PWD/$(BIN)/python PYTHONPATH=$$PWD/$(REHEARSAL)/hidden \
 	        benchmarks/gpu_check.sh $$group $(REHEARSAL)/out --rehearse || exit 1; done
 	PYTHON=$$PWD/$(BIN)/python benchmarks/gpu_check.sh modes $(REHEARSAL)/out --rehearse
+	# The parts that need diffusers, without it: they say so.
+	PYTHONPATH=$$PWD/$(REHEARSAL)/hidden $(BIN)/python -m benchmarks.gpu_check compiled $(REHEARSAL)/compiled.json --tiny
+	grep -q "carry its wheel" $(REHEARSAL)/compiled.json
 
 # The oldest and the newest torch, each in an environment of its own outside this tree; nvcc is needed.
 oldest:

@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import functools
 import gc
+import importlib.util
 import json
 import os
 import platform
@@ -28,6 +29,7 @@ import torch
 
 from benchmarks import gpu_multi
 from benchmarks.gpu_diffusers import chunk_figures, make_pipe, offloaded, time_diffusers
+from benchmarks.gpu_groups import write
 from benchmarks.gpu_modes import offload_figures, quality_figures, stream_arrivals
 from benchmarks.gpu_ranks import sharded_against_one, share_times
 from benchmarks.gpu_roofline import decoder_floor_seconds, graph_figures, roofline_seconds, tuned_figures
@@ -41,6 +43,7 @@ from helios_engine.engine.recorders import CudaRecorder, Recorder
 from helios_engine.engine.session import VideoSession
 from helios_engine.model.transformer import init_random_
 from helios_engine.model.vae import VideoAutoencoder
+from helios_engine.ops import native
 from helios_engine.ops.attention import choose_attention
 from helios_engine.ops.gemm import TunedGemms
 from helios_engine.parallel.context import ContextParallel
@@ -139,15 +142,12 @@ def part_tests(scale: Scale) -> dict[str, object]:
     """The test suite on this machine, tests marked gpu included."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "not full", "-rs", "--maxfail=20"]
     command += ["tests/ops/test_reference.py", "tests/engine/test_gpu.py"] if scale.is_tiny else ["tests"]
-    last = ""
-    # Line by line: what is done when the time is up has been seen.
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as running:
-        for line in running.stdout:
-            print(line, end="", flush=True)
-            last = line.strip() or last
-    if running.returncode:
-        raise SystemExit(running.returncode)
-    return {"outcome": last}
+    if DEVICE.type == "cuda" and importlib.util.find_spec("xdist") is not None:
+        command += ["-n", "8"]
+    code, outcome = streamed(command)
+    if code:
+        raise SystemExit(code)
+    return {"outcome": outcome}
 
 
 def _context(engine: Engine, session: VideoSession):
@@ -165,17 +165,25 @@ def part_ops(scale: Scale) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "ops.json"
         sizes = ["--rows", "64", "--frames", "1", "--repeats", "1"] if scale.is_tiny else []
+        # Figures first: they are what is wanted most.
         bench = [sys.executable, "-m", "benchmarks.bench_ops", *sizes, "--json", str(path)]
-        results = [subprocess.run(c, capture_output=True, text=True, env=environment) for c in (tests, bench)]
-        for result in results:
-            print(result.stdout[-3000:], result.stderr[-2000:])
-        if results[1].returncode:
-            raise SystemExit(1)
+        subprocess.run(bench, check=True, env=environment)
         figures = json.loads(path.read_text())
     rates = {name: values["of_copy"] for name, values in figures["operators"].items()}
-    failed = {"failed": True} if results[0].returncode else {}
-    outcome = results[0].stdout.strip().splitlines()[-1]
-    return {**failed, "outcome": outcome, "copy": figures["copy_bytes_per_second"], **rates}
+    code, outcome = streamed(tests, environment)
+    failed = {"failed": f"tests: exit code {code}"} if code else {}
+    return {"outcome": outcome, "copy": figures["copy_bytes_per_second"], **rates, **failed}
+
+
+def streamed(command: list[str], environment: dict[str, str] | None = None) -> tuple[int, str]:
+    """(exit code, last line) of a command whose lines are printed as they come: what is done when the time is up is seen."""
+    last = ""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": environment}
+    with subprocess.Popen(command, **pipes) as running:
+        for line in running.stdout:
+            print(line, end="", flush=True)
+            last = line.strip() or last
+    return running.returncode, last
 
 
 _SANITIZED = (
@@ -430,11 +438,12 @@ def main() -> None:
     scale = TINY if options.tiny else FULL
     if DEVICE.type != "cuda" and not options.tiny:
         raise SystemExit("gpu_check: this torch sees no GPU; --tiny tries the script without one")
+    native.check(DEVICE)
     with torch.no_grad():
         figures = PARTS[options.part](scale)
     size = f"{scale.height}x{scale.width}"
     result = {"part": options.part, **hardware(DEVICE), "size": size, "tiny": options.tiny, **figures}
-    options.file.write_text(json.dumps(result, indent=2) + "\n")
+    write(options.file, json.dumps(result, indent=2) + "\n")
     if figures.get("failed"):
         raise SystemExit(1)
 

@@ -22,15 +22,14 @@ fi
 mkdir -p "$2" && out=$(cd "$2" && pwd) || exit 1
 group=$1
 shift 2
-cd "$root" || exit 1
-python=${PYTHON:-python3}
+python=$(command -v "${PYTHON:-python3}") || { echo "gpu_check.sh: no ${PYTHON:-python3}" >&2; exit 1; }
+case $python in /*) ;; *) python=$PWD/$python ;; esac
 if [ -n "${WHEELS:-}" ]; then
   "$python" -m pip install --quiet --no-index --no-deps "$WHEELS"/*.whl || echo "gpu_check.sh: some wheels did not install" >&2
 fi
+cd "$root" || exit 1
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false HELIOS_OPS=native
 export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo}
-# Checkpoints of the part offload are 29 GB.
-[ -d /dev/shm ] && export TMPDIR=${TMPDIR:-/dev/shm}
 case " $* " in
   *" --rehearse "*) ;;
   # Nothing is timed with plain torch in the place of our kernels.
@@ -42,4 +41,8 @@ esac
   exit 1
 }
 rm -f "$out/build.log"
+# Checkpoints of the part offload are 29 GB, best kept in memory where there is as much.
+if [ -z "${TMPDIR:-}" ] && [ "$(df --output=avail -k /dev/shm 2>/dev/null | tail -n 1)" -gt 40000000 ] 2>/dev/null; then
+  export TMPDIR=/dev/shm
+fi
 exec "$python" -m benchmarks.gpu_groups "$group" "$out" --began "$began" "$@"

@@ -73,7 +73,7 @@ def left_out(tiny: bool) -> dict[str, object] | None:
 
 
 def part_multi_equal(scale) -> dict[str, object]:
-    """A whole video in float32 on two and on all GPUs against one: largest difference of latents."""
+    """A whole video in float32 on two and on all GPUs against one: largest difference of latents and of frames in [0, 1]."""
     tiny = scale.is_tiny
     if reason := left_out(tiny):
         return reason
@@ -82,14 +82,14 @@ def part_multi_equal(scale) -> dict[str, object]:
         expected = None
         for count in counts(tiny):
             path = Path(folder) / f"{count}.pt"
-            run_ranks(count, tiny, "--float32", "--layers", "4", "--chunks", "2", "--latents", str(path))
-            latents = torch.load(path)
-            expected = latents if expected is None else expected  # one rank's
-            difference = (latents - expected).abs().max().item()
-            result[f"difference_{count}"] = difference
-            if not difference <= TOLERANCE:
-                result["failed"] = f"{count} ranks are {difference:.2g} off one, at most {TOLERANCE}"
-    return {**result, "largest_value": expected.abs().max().item()}
+            run_ranks(count, tiny, "--float32", "--layers", "4", "--chunks", "2", "--video", str(path))
+            video = torch.load(path)
+            expected = video if expected is None else expected  # one rank's
+            for name, own, one in zip(("latents", "frames"), video, expected, strict=True):
+                difference = result[f"difference_of_{name}_{count}"] = (own - one).abs().max().item()
+                if not difference <= TOLERANCE:
+                    result["failed"] = f"{name} of {count} ranks are {difference:.2g} off one's, at most {TOLERANCE}"
+    return {**result, "largest_latent": expected[0].abs().max().item()}
 
 
 def part_multi_scaling(scale) -> dict[str, object]:
@@ -99,9 +99,13 @@ def part_multi_scaling(scale) -> dict[str, object]:
         return reason
     result: dict[str, object] = {}
     for count in counts(tiny):
-        own = run_ranks(count, tiny, "--chunks", "4")
-        result[str(count)] = own
-        result[f"efficiency_{count}"] = result["1"]["denoise_s"] / (count * own["denoise_s"])
+        try:
+            own = result[str(count)] = run_ranks(count, tiny, "--chunks", "4")
+        except RuntimeError as error:  # the other counts are worth having
+            result["failed"] = str(error)
+            continue
+        if "1" in result:
+            result[f"efficiency_{count}"] = result["1"]["denoise_s"] / (count * own["denoise_s"])
     return result
 
 
@@ -115,9 +119,13 @@ def part_multi_capture(scale) -> dict[str, object]:
         latents = []
         for name, flags in (("plain", ()), ("graphs", ("--graphs",))):
             path = Path(folder) / f"{name}.pt"
-            result[name] = run_ranks(num_devices(tiny), tiny, "--chunks", "4", "--latents", str(path), *flags)
+            result[name] = run_ranks(num_devices(tiny), tiny, "--chunks", "4", "--video", str(path), *flags)
             latents.append(torch.load(path))
-        result["equal"] = torch.equal(*latents)
+        result["equal"] = all(torch.equal(*pair) for pair in zip(*latents, strict=True))
+        if not result["equal"]:
+            result["failed"] = "captured steps gave other numbers"
+        elif not result["graphs"]["captured"] and torch.cuda.is_available():
+            result["failed"] = f"nothing was captured: {result['graphs']['gave_up']}"
     return result
 
 
@@ -127,8 +135,9 @@ def part_multi_loss(scale) -> dict[str, object]:
     if reason := left_out(tiny):
         return reason
     found = run_ranks(num_devices(tiny), tiny, "--chunks", "3", "--kill")
-    if "said" not in found:
-        found["failed"] = "rank 0 was not told"
+    survivors = set(found["exit_codes"][:-1])
+    if "said" not in found or survivors != {_EXIT_NOTICED}:
+        found["failed"] = "a rank was not told of the other one's end"
     return found
 
 
@@ -146,25 +155,27 @@ def main() -> int:
     parser.add_argument("--kill", action="store_true")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--chunks", type=int, default=2)
-    parser.add_argument("--latents", type=Path)
+    parser.add_argument("--video", type=Path, help="where rank 0 keeps latents and frames")
     options = parser.parse_args()
     context = ContextParallel.from_torchrun(rank_timeout=_RANK_TIMEOUT)
     try:
         with torch.no_grad():
-            found, latents = generate(options, context)
+            found, video = generate(options, context)
     except RankFailure:
         os._exit(_EXIT_NOTICED)  # a normal exit would wait for exchanges with a rank that is gone
     if context.is_first:
-        if options.latents is not None:
-            torch.save(latents, options.latents)
+        if options.video is not None:
+            torch.save(video, options.video)
         options.file.write_text(json.dumps(found))
     context.close()
     launch.stop()
     return 0
 
 
-def generate(options: argparse.Namespace, context: ContextParallel) -> tuple[dict[str, object], torch.Tensor]:
-    """A video on these ranks: seconds per chunk, and its latents."""
+def generate(
+    options: argparse.Namespace, context: ContextParallel
+) -> tuple[dict[str, object], tuple[torch.Tensor, torch.Tensor] | None]:
+    """A video on these ranks: seconds per chunk, and on rank 0 its latents and frames."""
     from benchmarks.gpu_check import FULL, TINY, make_engine, make_request
 
     scale = TINY if options.tiny else FULL
@@ -175,7 +186,8 @@ def generate(options: argparse.Namespace, context: ContextParallel) -> tuple[dic
     engine = make_engine(scale, device=device, dtype=dtype, context=context, cuda_graphs=options.graphs)
     arrivals, chunks, killed_at = [time.perf_counter()], [], None
     try:
-        for chunk in engine.stream(make_request(scale, chunks=options.chunks)):
+        request = replace(make_request(scale, chunks=options.chunks), frames="float32")
+        for chunk in engine.stream(request):
             arrivals.append(time.perf_counter())
             chunks.append(chunk)
             if options.kill and len(chunks) == 1:
@@ -188,6 +200,9 @@ def generate(options: argparse.Namespace, context: ContextParallel) -> tuple[dic
         found = {"seconds": time.perf_counter() - killed_at, "said": str(failure)}
         options.file.write_text(json.dumps(found))
         raise
+    graphs = engine.maker.graphs
+    captured = graphs is not None and graphs.hold_memory
+    gave_up = graphs.why_given_up if graphs is not None else "CUDA graphs are off"
     engine.close()
     found = {
         "ranks": context.describe(),
@@ -196,8 +211,13 @@ def generate(options: argparse.Namespace, context: ContextParallel) -> tuple[dic
         "chunk_s": (arrivals[-1] - arrivals[1]) / max(1, len(chunks) - 1),
         "denoise_s": chunks[-1].timing.denoise_seconds,
         "attention": engine.transformer.attention.backend,
+        "captured": captured,
+        "gave_up": gave_up,
     }
-    return found, torch.cat([chunk.latents.cpu() for chunk in chunks], dim=2)
+    if not context.is_first:
+        return found, None
+    frames = torch.cat([torch.as_tensor(chunk.frames) for chunk in chunks])
+    return found, (torch.cat([chunk.latents.cpu() for chunk in chunks], dim=2), frames)
 
 
 if __name__ == "__main__":

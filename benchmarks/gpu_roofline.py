@@ -20,6 +20,7 @@ from helios_engine.ops.attention import Attention
 from helios_engine.ops.gemm import TunedGemms
 from helios_engine.sampling.schedule import StageSchedule
 from helios_engine.sampling.solver import make_solver
+from helios_engine.tools.launches import bytes_moved
 
 TEXT_TOKENS = 512
 Timer = Callable[[Callable[[], object]], float]
@@ -114,7 +115,7 @@ def one_step_stage(transformer: Transformer, latents: torch.Tensor, context: Chu
 
 
 class _DecoderWork(TorchDispatchMode):
-    """Notes every convolution by its shapes, and the bytes our own operators must move."""
+    """Notes every convolution by its shapes, and the bytes that our own operators and the copies of past frames must move."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,11 +128,10 @@ class _DecoderWork(TorchDispatchMode):
             x, weight, bias = args[:3]
             settings = tuple(tuple(a) if isinstance(a, list) else a for a in args[3:])
             self.convolutions[func, _layout(x), _layout(weight), bias is not None, settings] += 1
-        elif name.startswith("helios."):
-            tensors = [a for a in args if isinstance(a, torch.Tensor)]
-            in_place = tensors[0].nbytes if "bias_residual" in name else 0  # read as well as written
-            self.bytes += in_place + sum(tensor.nbytes for tensor in tensors)
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if name.startswith(("helios.", "aten.copy_", "aten.clone", "aten.zero_")):  # past frames are copied too
+            self.bytes += bytes_moved(func, args, kwargs or {}, result)
+        return result
 
 
 def _layout(x: torch.Tensor) -> tuple[object, ...]:

@@ -13,7 +13,18 @@ import pytest
 from PIL import Image
 
 # Hidden one by one and all together.
-OPTIONAL = ("nvtx", "av", "ftfy", "tqdm", "xfuser", "diffusers", "accelerate", "flash_attn", "fa3_fwd_interface")
+OPTIONAL = (
+    "nvtx",
+    "av",
+    "ftfy",
+    "tqdm",
+    "xfuser",
+    "diffusers",
+    "accelerate",
+    "flash_attn",
+    "fa3_fwd_interface",
+    "flash_attn_interface",
+)
 SMALL = ["--height", "64", "--width", "64", "--num-frames", "33", "--steps", "1", "--device", "cpu"]
 EFFECT = {
     "nvtx": "no NVTX ranges: No module named 'nvtx'; pip install nvtx",

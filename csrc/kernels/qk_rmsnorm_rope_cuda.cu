@@ -130,10 +130,11 @@ __global__ void __launch_bounds__(kThreads)
     for (std::int64_t i = threadIdx.x; i < args.width; i += kThreads)
       squares += to_float(source[i]) * to_float(source[i]);
     float scale = 1.0f;
-    if (part < 2)
-      scale = rsqrtf(block_sum<kWarps>(squares, scratch[turn]) / static_cast<float>(args.width) +
-                     args.eps);
-    turn ^= 1;
+    if (part < 2) {
+      const float sum = block_sum<kWarps>(squares, scratch[turn]);
+      turn ^= 1;  // only where there was a barrier
+      scale = rsqrtf(sum / static_cast<float>(args.width) + args.eps);
+    }
     const T* weight = static_cast<const T*>(part == 0 ? args.q_weight : args.k_weight);
     const float* rotation = args.rotation + row * args.head_dim;
     for (std::int64_t pair = threadIdx.x; pair < args.width / 2; pair += kThreads) {

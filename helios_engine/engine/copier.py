@@ -26,7 +26,7 @@ class StreamCopier:
     """See model.offload.Copier. Mapped files are not pinned, so their bytes pass through a small ring of pinned buffers.
 
     The thread touches the files' pages, so what the disk has to deliver does not hold up the computing thread either.
-    api is what torch.cuda offers: Stream, Event, stream, current_stream, set_device.
+    api is what torch.cuda offers: Stream, Event, stream, current_stream, current_device, set_device.
     """
 
     def __init__(
@@ -37,6 +37,8 @@ class StreamCopier:
         num_buffers: int = _NUM_BUFFERS,
         api: ModuleType = torch.cuda,
     ) -> None:
+        if device.type == "cuda" and device.index is None:  # the thread must know which of them
+            device = torch.device("cuda", api.current_device())
         self._device, self._api = device, api
         self._stream = api.Stream(device)
         pinned = device.type == "cuda"
@@ -75,14 +77,19 @@ class StreamCopier:
         self._buffers = []
 
     def _run(self) -> None:
-        # A thread begins on GPU 0 and would open a context there, half a gigabyte for every rank of another GPU.
-        self._api.set_device(self._device)
+        try:
+            # A thread begins on GPU 0 and would open a context there, half a gigabyte for every rank of another GPU.
+            self._api.set_device(self._device)
+        except BaseException as error:  # said by the computing thread, as what cannot be read is
+            self._error = error
         while (item := self._work.get()) is not None:
             self._fill(*item)
             del item  # or this thread would hold the slot's memory while it waits for the next
 
     def _fill(self, slot: int, pairs: Pairs, free: object, filled: threading.Event) -> None:
         try:
+            if self._error is not None:
+                return
             if free is not None:
                 self._stream.wait_event(free)
             for target, source in pairs:

@@ -36,6 +36,7 @@ from helios_engine.model.reuse import Approximations
 from helios_engine.model.text import TextEncoder
 from helios_engine.model.transformer import Transformer
 from helios_engine.model.vae import VideoAutoencoder
+from helios_engine.ops import native
 from helios_engine.output import Video, collect
 from helios_engine.parallel.context import ContextParallel
 from helios_engine.request import VideoChunk, VideoRequest
@@ -67,6 +68,7 @@ class Engine:
         weight = transformer.project_out.weight
         self.device = resolve_device(config.device) if weight.is_meta else weight.device
         self.dtype = weight.dtype
+        native.check(self.device)
         self.context = context or ContextParallel.single()
         attention = settle_attention(
             config.attention_backend, checkpoint.model, self.context, device=self.device, dtype=self.dtype

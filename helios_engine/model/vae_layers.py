@@ -51,7 +51,7 @@ class Sum:
         return result
 
     def plus(self, other: Sum) -> Sum:
-        """This sum and another one, which must have no residual left."""
+        """This sum and another one, which must have no residual left. Two biases are added in the model's dtype."""
         assert self.residual is None, "a sum holds one residual"
         assert other.residual is None, "a sum holds one residual"
         biases = [bias for bias in (self.bias, other.bias) if bias is not None]

@@ -92,7 +92,7 @@ class _Tracer(TorchDispatchMode):
                     _kind_of(name, func.namespace),
                     tuple(tuple(tensor.shape) for tensor in unique),
                     tuple(_layout(tensor) for tensor in unique if tensor.ndim >= 4),
-                    _bytes_of(func, args, kwargs, result),
+                    bytes_moved(func, args, kwargs, result),
                     _function_of_the_model(),
                 )
             )
@@ -145,23 +145,34 @@ def _kind_of(name: str, namespace: str) -> str:
     return next((kind for kind, names in _KINDS.items() if name in names), "elementwise")
 
 
-def _bytes_of(func, args: tuple, kwargs: dict, result: object) -> int:
+def bytes_moved(func, args: tuple, kwargs: dict, result: object) -> int:
     """Every tensor argument once, one that is changed in place twice, results that are new once."""
     name = func._schema.name.partition("::")[2]
-    total, known = 0, set()
+    total, known = 0.0, set()
     given = {arg.name: value for arg, value in zip(func._schema.arguments, args, strict=False)} | kwargs
-    joins_residual = given.get("residual") is not None
     for argument in func._schema.arguments:
         for tensor in tree_leaves(given.get(argument.name)):
-            if not isinstance(tensor, Tensor):
-                continue
-            known.add(id(tensor))
-            changed = argument.alias_info is not None and argument.alias_info.is_write
-            write_only = name in ("copy_", "zero_", "fill_") or argument.name in _WRITTEN
-            if name == "channel_norm_silu" and argument.name == "x" and not joins_residual:
-                changed = False
-            total += tensor.nbytes * (2 if changed and not write_only else 1)
-    return total + sum(x.nbytes for x in tree_leaves(result) if isinstance(x, Tensor) and id(x) not in known)
+            if isinstance(tensor, Tensor):
+                known.add(id(tensor))
+                is_changed = argument.alias_info is not None and argument.alias_info.is_write
+                total += tensor.nbytes * _times_moved(name, argument.name, given, is_changed=is_changed)
+    return round(total + sum(x.nbytes for x in tree_leaves(result) if isinstance(x, Tensor) and id(x) not in known))
+
+
+def _times_moved(name: str, argument: str, given: dict[str, object], *, is_changed: bool) -> float:
+    """How often an operator's argument crosses memory: read, written, or both."""
+    if name == "qk_rmsnorm_rope" and argument == "qkv":
+        return 2 * 2 / 3  # v stays where it is
+    if name == "channel_norm_silu" and argument == "x":
+        return 1 if given.get("residual") is None else 2
+    if name == "residual_gate_norm" and argument == "x":
+        return 1 if given.get("y") is None else 2
+    if name == "quantize_heads" and argument in ("q", "k", "v"):
+        return 2  # for the largest, then to round
+    if name == "merge_partials" and argument == "out":
+        return 2
+    only_written = name in ("copy_", "zero_", "fill_") or argument in _WRITTEN
+    return 2 if is_changed and not only_written else 1
 
 
 def trace_decode(

@@ -167,13 +167,20 @@ def _fake_cuda() -> types.SimpleNamespace:
 
     waits: list[object] = []
     devices: list[tuple[str, torch.device]] = []
+
+    def set_device(device: torch.device) -> None:
+        if device.type == "cuda" and device.index is None:
+            raise ValueError("Expected a torch.device with a specified index")  # as torch says
+        devices.append((threading.current_thread().name, device))
+
     stream = types.SimpleNamespace(wait_event=waits.append)
     return types.SimpleNamespace(
         Stream=lambda device: stream,
         Event=_Event,
         stream=lambda _: contextlib.nullcontext(),
         current_stream=lambda _: stream,
-        set_device=lambda device: devices.append((threading.current_thread().name, device)),
+        set_device=set_device,
+        current_device=lambda: 3,
         waits=waits,
         devices=devices,
     )
@@ -195,6 +202,35 @@ def test_the_stream_copier_moves_any_size_through_small_buffers() -> None:
     assert len(api.waits) == 3, "ready twice, and the second load waited for the end of the first use"
     copier.close()
     assert not any(thread.name == "helios-copier" for thread in threading.enumerate())
+
+
+def test_the_copiers_thread_is_on_the_gpu_it_serves(monkeypatch) -> None:
+    """device "cuda" has no index, and a thread begins on GPU 0."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **named: empty(*size, **named))
+    api = _fake_cuda()
+    copier = StreamCopier(torch.device("cuda"), buffer_bytes=48, num_buffers=3, api=api)
+    target, source = torch.zeros(5), torch.randn(5)
+    copier.load(0, [(target, source)])
+    copier.ready(0)
+    assert torch.equal(target, source)
+    assert api.devices == [("helios-copier", torch.device("cuda", 3))]
+    copier.close()
+
+
+def test_a_copier_without_its_device_says_so() -> None:
+    api = _fake_cuda()
+
+    def refuse(device: torch.device) -> None:
+        raise RuntimeError("no such device")
+
+    api.set_device = refuse
+    copier = StreamCopier(torch.device("cpu"), api=api)
+    for _ in range(2):
+        copier.load(0, [(torch.zeros(3), torch.ones(3))])
+        with pytest.raises(RuntimeError, match="while streaming: no such device"):
+            copier.ready(0)
+    copier.close()
 
 
 def test_what_cannot_be_read_is_said_by_the_computing_thread() -> None:

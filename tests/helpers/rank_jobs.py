@@ -17,6 +17,7 @@ from helios_engine.model.embed import HistoryWindow
 from helios_engine.model.slab import Slab
 from helios_engine.model.transformer import Transformer, init_random_
 from helios_engine.model.vae import VideoAutoencoder
+from helios_engine.ops import native
 from helios_engine.ops.attention import choose_attention
 from helios_engine.parallel.attention import SequenceAttention
 from helios_engine.parallel.context import ContextParallel
@@ -283,10 +284,28 @@ def vae(config: dict) -> VideoAutoencoder:
 
 
 def vae_rows(
-    parallel: ContextParallel, *, config: dict, size: tuple[int, int], frames_per_call: int | None
+    parallel: ContextParallel,
+    *,
+    config: dict,
+    size: tuple[int, int],
+    frames_per_call: int | None,
+    leaves_open: bool = False,
 ) -> tuple[Tensor | None, tuple[Tensor, Tensor], dict[str, int]]:
-    """(decoded frames on rank 0, mean and deviation of an encoded clip, bytes sent) of pictures shared by rows."""
-    autoencoder = vae(config)
+    """(decoded frames on rank 0, mean and deviation of an encoded clip, bytes sent) of pictures shared by rows.
+
+    leaves_open has convolutions leave their biases to be added later, as on a GPU.
+    """
+    with mock.patch.object(native, "is_gpu", return_value=leaves_open):
+        return _vae_rows(parallel, vae(config), config, size, frames_per_call)
+
+
+def _vae_rows(
+    parallel: ContextParallel,
+    autoencoder: VideoAutoencoder,
+    config: dict,
+    size: tuple[int, int],
+    frames_per_call: int | None,
+) -> tuple[Tensor | None, tuple[Tensor, Tensor], dict[str, int]]:
     slab = Slab(parallel, size[0])
     parallel.traffic.bytes_sent.clear()
     generator = torch.Generator().manual_seed(1)

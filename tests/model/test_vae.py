@@ -8,6 +8,8 @@ from diffusers import AutoencoderKLWan
 
 from helios_engine.config import VaeConfig
 from helios_engine.model.vae import CausalConv3d, VideoAutoencoder, to_uint8, to_unit_range
+from helios_engine.model.vae_layers import Sum
+from helios_engine.ops import native
 from tests.helpers import oracle
 
 # float32 through about thirty convolutions, outputs in [-1, 1].
@@ -54,6 +56,34 @@ def test_decode_of_other_lengths(frames: int) -> None:
     latents = _latents(reference, frames)
     expected = reference.decode(ours.denormalize(latents)).sample
     torch.testing.assert_close(ours.decode(latents), expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("operators", ["compiled", "plain torch"])
+@pytest.mark.parametrize(("frames", "frames_per_call"), [(9, None), (9, 3), (2, 1), (1, None)])
+def test_sums_left_open_as_on_a_gpu_are_the_same(monkeypatch, operators: str, frames: int, frames_per_call) -> None:
+    """On a GPU every convolution leaves its bias to whoever reads its result next: none may be lost or added twice."""
+    reference, ours = _pair(5)
+    for name, parameter in ours.named_parameters():
+        if name.endswith("bias"):  # as large as what they are added to
+            parameter.data.normal_(generator=torch.Generator().manual_seed(parameter.numel()))
+    reference.load_state_dict(ours.state_dict())
+    latents = torch.cat([_latents(reference, frames), _latents(reference, frames).flip(-1)])
+    pixels = torch.rand(2, 3, 4 * frames - 3, 48, 80, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    expected = reference.decode(ours.denormalize(latents)).sample
+    moments = reference.encode(pixels).latent_dist
+    monkeypatch.setattr(native, "is_gpu", lambda device: True)
+    if operators == "plain torch":
+        monkeypatch.setattr(native, "runs_native", lambda x: False)
+    left_open = []
+    plus = Sum.plus
+    monkeypatch.setattr(Sum, "plus", lambda one, other: left_open.append(one.bias is not None) or plus(one, other))
+    decoded = ours.decode(latents, frames_per_call=frames_per_call)
+    mean, std = ours.encode(pixels, frames_per_call=frames_per_call)
+    assert any(left_open)
+    assert 0.1 < expected.abs().mean() < 0.9
+    torch.testing.assert_close(decoded, expected, rtol=0, atol=5 * TOLERANCE)
+    torch.testing.assert_close(mean, moments.mean, rtol=0, atol=5 * TOLERANCE)
+    torch.testing.assert_close(std, moments.std, rtol=1e-4, atol=5 * TOLERANCE)
 
 
 @pytest.mark.parametrize("frames", [1, 5, 33])

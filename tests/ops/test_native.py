@@ -208,6 +208,18 @@ def test_the_packed_variant_moves_the_same_numbers(device, dtype, split: tuple[i
 
 
 @each_device
+@pytest.mark.parametrize("rows", [13, 40])
+def test_packing_wide_rows_that_are_no_real_width(device, rows: int) -> None:
+    """Warps of a block that has done a value's row, without a sum, go on to a query's while others still sum a key's."""
+    qkv, weights, rotation, scale = _qkv_case(torch.float32, device, 8, 64, rows=rows)
+    settings = {"eps": EPS, "history_scale_H": scale, "num_history": 3}
+    expected = qkv.clone()
+    packed = native.qk_rms_norm_rope_pack(qkv, *weights, rotation, (8,), **settings).view(rows, 2, 3, 512)
+    reference.qk_rms_norm_rope_(expected, *weights, rotation, **settings)
+    torch.testing.assert_close(packed.transpose(0, 1).flatten(2), expected, rtol=1e-5, atol=1e-5)
+
+
+@each_device
 def test_packing_leaves_unread_queries_unset(device) -> None:
     qkv, weights, rotation, _ = _qkv_case(torch.float32, device, 3, 16)
     packed = torch.full((qkv.numel(),), POISON, device=device)

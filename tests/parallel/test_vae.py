@@ -50,6 +50,16 @@ def test_rows_make_up_the_whole(ranks, name: str, degrees, size, frames_per_call
         assert sent["vae"] > 0
 
 
+def test_sums_left_open_as_on_a_gpu_make_up_the_whole(ranks) -> None:
+    config, degrees, size = CONFIGS["wide decoder"], (2, 1, 1), (4, 3)
+    frames, moments = _whole(config, size)
+    results = ranks.run("vae_rows", degrees, config=config, size=size, frames_per_call=1, leaves_open=True)
+    torch.testing.assert_close(results[0][0], frames, rtol=0, atol=TOLERANCE)
+    for _, (mean, std), _ in results:
+        torch.testing.assert_close(mean, moments[0], rtol=0, atol=TOLERANCE)
+        torch.testing.assert_close(std.log(), moments[1].log(), rtol=0, atol=TOLERANCE)
+
+
 @pytest.mark.parametrize("wrong", ["with_neighbours", "with_row_below", "gather_tokens"])
 def test_a_missing_neighbour_is_noticed(monkeypatch, wrong: str) -> None:
     """The comparison above is only worth something if each of the three exchanges matters."""

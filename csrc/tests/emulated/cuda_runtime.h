@@ -1,8 +1,8 @@
 // As much of CUDA's runtime as our kernels use, for a host compiler: the very .cu files run on the
 // CPU, one block after the other, every thread of a block on a stack of its own. Threads change
-// places only at barriers and shuffles, in an order drawn anew each time, so code that needs a
-// barrier it lacks gives different results from run to run; a barrier not reached by all ends the
-// program with a message.
+// places only at barriers and shuffles, and one warp after the other goes as far as the block's
+// next barrier, in an order drawn anew each time: code that needs a barrier it lacks gives
+// different results from run to run; a barrier not reached by all ends the program with a message.
 
 #pragma once
 

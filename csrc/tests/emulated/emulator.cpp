@@ -80,25 +80,32 @@ bool release(unsigned first, unsigned last, State barrier) {
   return true;
 }
 
+// One warp alone, past its own barriers, until all its lanes wait at the block's or have ended.
+void run_warp(unsigned first, unsigned last) {
+  std::vector<unsigned> lanes(last - first);
+  std::iota(lanes.begin(), lanes.end(), first);
+  do {
+    std::shuffle(lanes.begin(), lanes.end(), order_generator);
+    for (const unsigned lane : lanes) {
+      if (threads[lane].state != State::kReady) continue;
+      current = lane;
+      threadIdx = dim3(lane, 0, 0);
+      swapcontext(&scheduler, &threads[lane].context);
+    }
+  } while (release(first, last, State::kAtWarpBarrier));
+}
+
+// Between two barriers of the block a warp may be done before another begins, and is: memory that
+// one reuses while another still needs it shows.
 void run_block() {
   const unsigned count = blockDim.x;
   for (unsigned i = 0; i < count; ++i) prepare(i);
-  std::vector<unsigned> order(count);
-  std::iota(order.begin(), order.end(), 0u);
-  while (true) {
-    std::shuffle(order.begin(), order.end(), order_generator);
-    for (const unsigned i : order) {
-      if (threads[i].state != State::kReady) continue;
-      current = i;
-      threadIdx = dim3(i, 0, 0);
-      swapcontext(&scheduler, &threads[i].context);
-    }
-    // All have stopped somewhere. Warps first: a block's barrier may still be ahead of them.
-    bool go_on = false;
-    for (unsigned first = 0; first < count; first += kWarp)
-      go_on |= release(first, std::min(first + kWarp, count), State::kAtWarpBarrier);
-    if (!go_on && !release(0, count, State::kAtBlockBarrier)) return;
-  }
+  std::vector<unsigned> warps((count + kWarp - 1) / kWarp);
+  std::iota(warps.begin(), warps.end(), 0u);
+  do {
+    std::shuffle(warps.begin(), warps.end(), order_generator);
+    for (const unsigned warp : warps) run_warp(warp * kWarp, std::min((warp + 1) * kWarp, count));
+  } while (release(0, count, State::kAtBlockBarrier));
 }
 
 }  // namespace
