@@ -1,11 +1,31 @@
+#include "lanes.h"
 #include "quantize_row.h"
 
 namespace helios {
 namespace HELIOS_ISA {
 namespace {
 
-inline float tanh_gelu(float x) {
-  return 0.5f * x * (1.0f + tanhf(kGeluBeta * (x + kGeluKappa * (x * x * x))));
+constexpr int64_t kBuffered = 16384;  // elements of a row on the stack, 64 KB
+
+// tanh-GELU rounded to T, as x * sigmoid(2 u) with u = beta * (x + kappa * x^3).
+template <typename V, typename T>
+HELIOS_INLINE V tanh_gelu(const T* from) {
+  const V x = load<V>(from);
+  const V twice = (x + kGeluKappa * (x * x * x)) * (2.0f * kGeluBeta);
+  return rounded_to<T>(x / (exponential(-twice) + 1.0f));
+}
+
+template <typename T>
+float quantize_gelu_row(const T* x, int64_t width, uint8_t* out) {
+  if (width > kBuffered)
+    return quantize_row([x](int64_t i) { return tanh_gelu<float>(x + i); }, width, out);
+  float values[kBuffered];
+  float* to = values;
+  for_each(width, [=](auto kind, int64_t i) {
+    typedef typename decltype(kind)::type V;
+    store(to + i, tanh_gelu<V>(x + i));
+  });
+  return quantize_row([to](int64_t i) { return to[i]; }, width, out);
 }
 
 template <typename T>
@@ -16,9 +36,7 @@ void run(const QuantizeRows& args) {
     const T* x = row_at<T>(args.x, index / args.rows, index % args.rows);
     uint8_t* out = args.out + index * args.width;
     if (args.gelu) {
-      args.scale[index] = quantize_row(
-          [x](int64_t i) { return to_float(from_float<T>(tanh_gelu(to_float(x[i])))); }, args.width,
-          out);
+      args.scale[index] = quantize_gelu_row(x, args.width, out);
     } else {
       args.scale[index] = quantize_row([x](int64_t i) { return to_float(x[i]); }, args.width, out);
     }

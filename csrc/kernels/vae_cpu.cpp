@@ -9,69 +9,6 @@ inline int64_t offset(const int64_t* strides, int64_t batch, int64_t frame, int6
   return batch * strides[0] + frame * strides[1] + row * strides[2];
 }
 
-HELIOS_INLINE float power_of_two(float whole) {
-  const uint32_t bits = static_cast<uint32_t>(static_cast<int32_t>(whole) + 127) << 23;
-  float factor;
-  memcpy(&factor, &bits, sizeof factor);
-  return factor;
-}
-
-HELIOS_INLINE Lanes power_of_two(Lanes whole) {
-  typedef int32_t LaneInts __attribute__((vector_size(64)));
-  return (Lanes)((LaneBits)(__builtin_convertvector(whole, LaneInts) + 127) << 23);
-}
-
-// e^x to about 2e-7 relative, so that silu needs no vector math library.
-template <typename V>
-HELIOS_INLINE V exponential(V x) {
-  const V low = V{} - 87.0f, high = V{} + 88.0f;
-  const V clamped = x < -87.0f ? low : (x > 88.0f ? high : x);
-  const V numbers = clamped == clamped ? clamped : low;  // a NaN has no whole part
-  const V whole = (numbers * 1.44269504088896341f + 12582912.0f) - 12582912.0f;
-  const V upper = V{} - 0.693359375f, lower = V{} + 2.12194440e-4f, one = V{} + 1.0f;
-  const V rest = multiply_add(whole, lower, multiply_add(whole, upper, numbers));
-  V power = multiply_add(rest, V{} + 1.9875691500e-4f, V{} + 1.3981999507e-3f);
-  power = multiply_add(power, rest, V{} + 8.3334519073e-3f);
-  power = multiply_add(power, rest, V{} + 4.1665795894e-2f);
-  power = multiply_add(power, rest, V{} + 1.6666665459e-1f);
-  power = multiply_add(power, rest, V{} + 5.0000001201e-1f);
-  power = multiply_add(power, rest * rest, rest + one);
-  return x == x ? power * power_of_two(whole) : x;
-}
-
-// x[c] + (bias + residual), rounded once; null where there is none of them.
-template <typename V, typename T>
-HELIOS_INLINE V sum_at(const T* x, const T* bias, const T* residual, int64_t c) {
-  V added = {};
-  if (bias != nullptr) added = added + load<V>(bias + c);
-  if (residual != nullptr) added = added + load<V>(residual + c);
-  return rounded_to<T>(load<V>(x + c) + added);
-}
-
-#ifdef __AVX512F__
-// The same with what this instruction set has for it: scaling by a power of two, limits that keep
-// NaN.
-HELIOS_INLINE Lanes exponential(Lanes x) {
-  const __m512 limited =
-      _mm512_max_ps(_mm512_set1_ps(-87.0f), _mm512_min_ps(_mm512_set1_ps(88.0f), (__m512)x));
-  const __m512 whole = _mm512_roundscale_ps(
-      _mm512_mul_ps(limited, _mm512_set1_ps(1.44269504088896341f)), _MM_FROUND_TO_NEAREST_INT);
-  const auto fused = [](__m512 a, __m512 b, float c) {
-    return _mm512_fmadd_ps(a, b, _mm512_set1_ps(c));
-  };
-  __m512 rest = _mm512_fmadd_ps(whole, _mm512_set1_ps(-0.693359375f), limited);
-  rest = _mm512_fmadd_ps(whole, _mm512_set1_ps(2.12194440e-4f), rest);
-  __m512 power = fused(rest, _mm512_set1_ps(1.9875691500e-4f), 1.3981999507e-3f);
-  power = fused(power, rest, 8.3334519073e-3f);
-  power = fused(power, rest, 4.1665795894e-2f);
-  power = fused(power, rest, 1.6666665459e-1f);
-  power = fused(power, rest, 5.0000001201e-1f);
-  power = fused(power, rest, 1.0f);
-  power = fused(power, rest, 1.0f);
-  return (Lanes)_mm512_scalef_ps(power, whole);
-}
-#endif
-
 template <typename T>
 HELIOS_INLINE void norm_pixel(const T* x, T* out, const T* gamma, int64_t channels, float root,
                               bool silu) {
