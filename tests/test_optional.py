@@ -58,7 +58,14 @@ def expected(toy, tmp_path_factory) -> np.ndarray:
     return np.load(path)
 
 
-@pytest.mark.parametrize("hidden", [*((name,) for name in OPTIONAL), OPTIONAL], ids="+".join)
+def _hidden() -> list:
+    """One by one, those that a run on the CPU never asks for in the long run of tests, and all together."""
+    asked_for = ("nvtx", "av", "ftfy", "tqdm")
+    alone = [pytest.param((name,), marks=[] if name in asked_for else pytest.mark.full) for name in OPTIONAL]
+    return [*alone, OPTIONAL]
+
+
+@pytest.mark.parametrize("hidden", _hidden(), ids="+".join)
 def test_a_video_comes_without_them(toy, tmp_path, expected, hidden: tuple[str, ...]) -> None:
     result = generate(hidden, toy, tmp_path / "out.npy", "--verbose")
     assert result.returncode == 0, result.stderr
