@@ -59,9 +59,8 @@ def expected(toy, tmp_path_factory) -> np.ndarray:
 
 
 def _hidden() -> list:
-    """One by one, those that a run on the CPU never asks for in the long run of tests, and all together."""
-    asked_for = ("nvtx", "av", "ftfy", "tqdm")
-    alone = [pytest.param((name,), marks=[] if name in asked_for else pytest.mark.full) for name in OPTIONAL]
+    """All together, and nvtx, which every command asks for; the others one by one in the long run of tests."""
+    alone = [pytest.param((name,), marks=[] if name == "nvtx" else pytest.mark.full) for name in OPTIONAL]
     return [*alone, OPTIONAL]
 
 
