@@ -117,11 +117,11 @@ def attention(found: list[Launch], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out
 
 
-def trace(work: Callable[[list[Launch]], object]) -> list[Launch]:
-    """What work launches, in order. It gets the list, so that attention of its own can be noted there."""
+def trace(work: Callable[[], object]) -> list[Launch]:
+    """What work launches, in order."""
     found: list[Launch] = []
     with torch.no_grad(), _OneLaunchAttention(found), _Tracer(found):
-        work(found)
+        work()
     return found
 
 
@@ -183,32 +183,25 @@ def trace_decode(
         vae = VideoAutoencoder(config).to(dtype).requires_grad_(False).channels_last_()
         vae.statistics = vae.statistics.float()
         latents = torch.empty(1, config.z_dim, LATENT_FRAMES_PER_CHUNK, *latent_size)
-    return trace(lambda _: vae.decode(latents, frames_per_call=frames_per_call))
+    return trace(lambda: vae.decode(latents, frames_per_call=frames_per_call))
 
 
 def trace_forward(
     config: ModelConfig, latent_size: tuple[int, int], stage_size: tuple[int, int], *, dtype: torch.dtype
 ) -> list[Launch]:
     """One forward at stage_size with the whole history at latent_size, on one rank; what a chunk makes once left out."""
-    found: list[Launch] = []
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attention(found, q, k, v)
-
     with META, torch.no_grad():
         transformer = Transformer(config, dtype).requires_grad_(False)
-        transformer.connect(Attention("traced", attend, lambda *_: (None, None)), ContextParallel.single())
+        attention = Attention("traced", F.scaled_dot_product_attention, lambda *_: (None, None))
+        transformer.connect(attention, ContextParallel.single())
         parts = [torch.empty(1, config.in_channels, frames, *latent_size) for frames in (16, 2, 2)]
         text = transformer.encode_text(torch.empty(1, 512, config.text_dim))
         context = transformer.prepare(HistoryWindow(*parts), (text,))
         latents = torch.empty(1, config.in_channels, LATENT_FRAMES_PER_CHUNK, *stage_size, dtype=dtype)
         context = transformer.with_room(context, latents)
         time = transformer.embed.time(500.0)
-        transformer.run(latents, time, context)  # what a shape makes once
-        found.clear()
-        with _Tracer(found):
-            transformer.run(latents, time, context)
-    return found
+        trace(lambda: transformer.run(latents, time, context))  # what a shape makes once
+        return trace(lambda: transformer.run(latents, time, context))
 
 
 def summary(found: list[Launch]) -> dict[str, object]:

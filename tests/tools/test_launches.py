@@ -83,7 +83,7 @@ def test_the_trace_sees_what_it_is_asked_about() -> None:
     last = pictures.contiguous(memory_format=torch.channels_last_3d)
     conv = torch.nn.Conv3d(8, 8, 1, device=META)
     plain, made_last, added, joined = trace(
-        lambda _: (conv(pictures), conv(last), last.add_(1.0), torch.cat([last, pictures]))
+        lambda: (conv(pictures), conv(last), last.add_(1.0), torch.cat([last, pictures]))
     )
     assert plain.layouts[-1] == "contiguous"
     assert made_last.layouts[-1] == "channels-last"
