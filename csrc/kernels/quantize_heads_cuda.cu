@@ -46,6 +46,17 @@ __device__ __forceinline__ float top_at(const T* x) {
   }
 }
 
+// The first row of a part, and how many units its rows have in one head.
+struct Share {
+  int64_t first;
+  int total;
+};
+__device__ __forceinline__ Share share_of(const HeadRows& heads, int part, int units) {
+  const int64_t share = (heads.rows + kHeadParts - 1) / kHeadParts;
+  const int64_t first = part * share, last = min(first + share, heads.rows);
+  return {first, last > first ? static_cast<int>(last - first) * units : 0};
+}
+
 // The largest magnitude of every head among the rows of one part.
 template <typename T, int kUnit, int kHeadDim>
 __global__ void __launch_bounds__(kThreads) tops_of_parts(const QuantizeHeads args) {
@@ -56,9 +67,7 @@ __global__ void __launch_bounds__(kThreads) tops_of_parts(const QuantizeHeads ar
   const int units = head_dim / kUnit;
   for (int64_t head = threadIdx.x / 32; head < args.heads; head += kWarps) {
     for (int part = blockIdx.x; part < kHeadParts; part += gridDim.x) {
-      const int64_t share = (heads.rows + kHeadParts - 1) / kHeadParts;
-      const int64_t first = part * share, last = min(first + share, heads.rows);
-      const int total = last > first ? static_cast<int>(last - first) * units : 0;
+      const auto [first, total] = share_of(heads, part, units);
       float top = 0.0f;
       const T* x = row_at<T>(heads.x, at.batch, first) + head * head_dim;
 #pragma unroll(kHeadDim > 0 ? 4 : 1)
@@ -85,9 +94,7 @@ __global__ void __launch_bounds__(kThreads) quantize_parts(const QuantizeHeads a
     if (blockIdx.x == 0 && lane == 0)
       heads.scale[at.batch * args.heads + head] = top / kLargestE4m3;
     for (int part = blockIdx.x; part < kHeadParts; part += gridDim.x) {
-      const int64_t share = (heads.rows + kHeadParts - 1) / kHeadParts;
-      const int64_t first = part * share, last = min(first + share, heads.rows);
-      const int total = last > first ? static_cast<int>(last - first) * units : 0;
+      const auto [first, total] = share_of(heads, part, units);
       const int64_t width = args.heads * head_dim;
       const T* x = row_at<T>(heads.x, at.batch, first) + head * head_dim;
       std::uint8_t* out = heads.out + (at.batch * heads.rows + first) * width + head * head_dim;
